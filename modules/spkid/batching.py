@@ -1,0 +1,218 @@
+"""Which utterances form which batch: pure functions of (seed, epoch).
+
+No sampler here keeps a random state, so any worker, process or resumed run
+draws the same crops and batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def utterance_key(utterance_id: str) -> int:
+    """A 63-bit number for a name, the same on every machine.
+
+    Arguments
+    ---------
+    utterance_id : str
+        Any text.
+
+    Returns
+    -------
+    int
+
+    Example
+    -------
+    >>> utterance_key("uttr-0.pt") == utterance_key("uttr-0.pt")
+    True
+    """
+    digest = hashlib.blake2b(utterance_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def hash_uniform(seed: int, epoch: int, keys: np.ndarray) -> np.ndarray:
+    """A number in [0, 1) for each key, by SplitMix64 (Steele et al., 2014).
+
+    Arguments
+    ---------
+    seed, epoch : int
+        What else the numbers depend on.
+    keys : numpy.ndarray [n]
+        Integers, as from :func:`utterance_key`.
+
+    Returns
+    -------
+    numpy.ndarray [n]
+        float64.
+
+    Example
+    -------
+    >>> hash_uniform(1, 2, np.array([3, 4])).shape
+    (2,)
+    """
+    with np.errstate(over="ignore"):
+        z = np.asarray(keys).astype(np.uint64)
+        for salt in (seed, epoch):
+            z = z + (np.uint64(salt % 2**63) + np.uint64(1)) * GOLDEN
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)) * 2.0**-53
+
+
+def crop_starts(
+    seed: int,
+    epoch: int,
+    keys: np.ndarray,
+    lengths: np.ndarray,
+    segment_frames: int,
+) -> np.ndarray:
+    """First frame of each utterance's random crop.
+
+    Arguments
+    ---------
+    seed, epoch : int
+        The crop is a pure function of these and the utterance.
+    keys : numpy.ndarray [n]
+        From :func:`utterance_key`.
+    lengths : numpy.ndarray [n]
+        Frames of each utterance.
+    segment_frames : int
+        Frames of a crop; a shorter utterance is taken whole.
+
+    Returns
+    -------
+    numpy.ndarray [n]
+        int64.
+
+    Example
+    -------
+    >>> crop_starts(0, 1, np.array([7]), np.array([100]), segment_frames=128)
+    array([0])
+    """
+    places = np.maximum(np.asarray(lengths) - segment_frames, 0) + 1
+    return (hash_uniform(seed, epoch, keys) * places).astype(np.int64)
+
+
+class ShuffledBatches(Sampler):
+    """Every utterance once an epoch, in an order drawn from (seed, epoch).
+
+    SpeechBrain's ReproducibleRandomSampler isn't used because its distributed
+    wrapper shuffles by seed 0 whatever the seed, and fails on a rank that is
+    left with a single batch.
+
+    Arguments
+    ---------
+    n_items : int
+        Utterances of the data set.
+    batch_size : int
+        Utterances of a batch, over all ranks.
+    seed : int
+        Of the order.
+    rank, n_ranks : int
+        This process and their number; each gets its own part of each batch.
+
+    Example
+    -------
+    >>> batches = ShuffledBatches(5, batch_size=2, seed=0)
+    >>> batches.set_epoch(1)
+    >>> sorted(i for batch in batches for i in batch), len(batches)
+    ([0, 1, 2, 3, 4], 3)
+    """
+
+    def __init__(
+        self,
+        n_items: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        n_ranks: int = 1,
+    ) -> None:
+        if batch_size < n_ranks:
+            raise ValueError(
+                f"batch_size={batch_size} is less than the {n_ranks} ranks."
+            )
+        self.n_items, self.batch_size, self.seed = n_items, batch_size, seed
+        self.rank, self.n_ranks, self.epoch = rank, n_ranks, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration draws."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return math.ceil(self.n_items / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yields this rank's indices of each batch."""
+        draw = hash_uniform(self.seed, self.epoch, np.arange(self.n_items))
+        order = np.argsort(draw, kind="stable")
+        for begin in range(0, self.n_items, self.batch_size):
+            batch = order[begin : begin + self.batch_size]
+            if len(batch) < self.n_ranks:
+                # Each rank needs an item: repeat some of the last few.
+                batch = np.resize(batch, self.n_ranks)
+            yield batch[self.rank :: self.n_ranks].tolist()
+
+
+class LengthBatches(Sampler):
+    """Batches of similar length with a bound on their padded frames.
+
+    Longest first: what doesn't fit into memory fails at once. (SpeechBrain's
+    DynamicBatchSampler isn't used because its buckets don't bound a batch's
+    frames, and it drops what is longer than its longest bucket.)
+
+    Arguments
+    ---------
+    lengths : sequence of int
+        Frames of each utterance.
+    max_frames : int
+        Padded frames of a batch; a longer utterance is a batch of its own.
+    equal : bool
+        Only utterances of the same length share a batch, so that nothing is
+        padded: for encoders that are not exact under padding.
+    rank, n_ranks : int
+        This process and their number; batches are dealt out in turn.
+
+    Example
+    -------
+    >>> list(LengthBatches([3, 9, 4, 2], max_frames=8))
+    [[1], [2, 0], [3]]
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        max_frames: int,
+        equal: bool = False,
+        rank: int = 0,
+        n_ranks: int = 1,
+    ) -> None:
+        lengths = np.asarray(lengths)
+        batches, batch = [], []
+        for index in np.argsort(-lengths, kind="stable").tolist():
+            if batch:
+                longest = lengths[batch[0]]
+                full = longest * (len(batch) + 1) > max_frames
+                if full or (equal and lengths[index] != longest):
+                    batches.append(batch)
+                    batch = []
+            batch.append(index)
+        if batch:
+            batches.append(batch)
+        self.batches = batches[rank::n_ranks]
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yields the indices of each batch."""
+        return iter(self.batches)

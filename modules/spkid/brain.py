@@ -1,0 +1,237 @@
+"""SpeechBrain's training loop, less its traps.
+
+Each override says which fault of SpeechBrain 1.1 it works around; a test in
+``tests/test_upstream.py`` tells when upstream no longer has it.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+
+import speechbrain as sb
+import torch
+from speechbrain.core import INTRA_EPOCH_CKPT_FLAG
+from speechbrain.utils.distributed import if_main_process
+from torch.nn.parallel import DistributedDataParallel
+
+from spkid.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is Slurm's
+
+
+class RobustBrain(sb.Brain):
+    """A Brain whose runs can be stopped, resumed and trusted.
+
+    * SIGINT, SIGTERM and SIGUSR1 save a checkpoint and exit with 128 + the
+      signal's number; a second one exits at once.
+    * A checkpoint is also saved between an epoch's training and validation.
+    * A step whose loss or gradient isn't finite is skipped and counted;
+      ``nonfinite_patience`` such steps in a row end the run with advice.
+    * ``max_grad_norm`` clips all parameters together; 0 or less: no clipping.
+    * Batches left over at an epoch's end by gradient accumulation are used.
+
+    Arguments are those of ``speechbrain.Brain``.
+
+    Example
+    -------
+    >>> class Doubler(RobustBrain):
+    ...     def compute_forward(self, batch, stage):
+    ...         return self.modules.model(batch[0])
+    ...     def compute_objectives(self, predictions, batch, stage):
+    ...         return (predictions - 2 * batch[0]).square().mean()
+    >>> brain = Doubler({"model": torch.nn.Linear(1, 1)},
+    ...                 lambda p: torch.optim.SGD(p, 0.1))
+    >>> brain.fit(range(1), [torch.ones(1, 4, 1)] * 3, progressbar=False)
+    >>> brain.optimizer_step
+    3
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches_per_epoch = None
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._signal = None
+
+    # --- gradient accumulation, non-finite values, clipping ---------------
+
+    def fit_batch(self, batch):
+        """One batch. SpeechBrain drops the batches after the last whole
+        group of ``grad_accumulation_factor``, and back-propagates NaN."""
+        factor, total = self.grad_accumulation_factor, self.batches_per_epoch
+        last = self.step == total
+        should_step = self.step % factor == 0 or last
+        rest = (total or 0) % factor
+        if rest and self.step > total - rest:
+            factor = rest  # the last group of an epoch is smaller
+        self.on_fit_batch_start(batch, should_step)
+        with self.no_sync(not should_step):
+            with self.training_ctx:
+                outputs = self.compute_forward(batch, sb.Stage.TRAIN)
+                loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
+            if self._agree(bool(torch.isfinite(loss))):
+                self.scaler.scale(loss / factor).backward()
+                finite = True
+            else:
+                finite = False
+                self._count_skipped("loss")
+        if should_step and (finite or factor > 1):
+            self.optimizers_step()
+        self.on_fit_batch_end(batch, outputs, loss, should_step)
+        return loss.detach().cpu()
+
+    def optimizers_step(self):
+        """One step. SpeechBrain clips the first parameter group alone, turns
+        the gradient round if ``max_grad_norm`` is negative, and steps on
+        infinite gradients."""
+        for optimizer in self.optimizers_dict.values():
+            self.scaler.unscale_(optimizer)
+        limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.modules.parameters(), limit)
+        # A scaler skips such steps itself, to find its scale.
+        if self.scaler.is_enabled() or self._agree(bool(torch.isfinite(norm))):
+            for optimizer in self.optimizers_dict.values():
+                self.scaler.step(optimizer)
+            self.scaler.update()
+            self._skipped_in_a_row = 0
+        else:
+            self._count_skipped("gradient")
+        self.zero_grad(set_to_none=True)
+        self.optimizer_step += 1
+
+    def _agree(self, fine):
+        """True if it is fine on every rank."""
+        if not self.distributed_launch:
+            return fine
+        flag = torch.tensor(float(fine), device=self.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+        return bool(flag)
+
+    def _count_skipped(self, what):
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        logger.warning(
+            "Step %d is skipped: its %s isn't finite.", self.step, what
+        )
+        if self._skipped_in_a_row > self.nonfinite_patience:
+            raise UserError(
+                f"The {what} wasn't finite in {self._skipped_in_a_row} steps "
+                "in a row: lower --lr, train with --precision fp32, or set "
+                "--max_grad_norm; the checkpoints before are unharmed."
+            )
+
+    # --- stopping and resuming --------------------------------------------
+
+    def fit(self, epoch_counter, train_set, *args, **kwargs):
+        """As ``speechbrain.Brain.fit``; signals end it with a checkpoint."""
+        self.batches_per_epoch = len(train_set)
+        previous = {}
+        for name in STOP_SIGNALS:
+            number = getattr(signal, name, None)
+            try:
+                previous[number] = signal.signal(number, self._on_signal)
+            except (ValueError, TypeError):  # not the main thread; Windows
+                continue
+        try:
+            super().fit(epoch_counter, train_set, *args, **kwargs)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number, _frame):
+        if self._signal is not None:
+            sys.exit(128 + number)
+        self._signal = number
+
+    def _stop_if_asked(self):
+        """Ends the run by the signal's usual code, on all ranks at once."""
+        if self._agree(self._signal is None):
+            return
+        if if_main_process():
+            logger.warning(
+                "Stopped by a signal; give the same command again to go on."
+            )
+        sys.exit(128 + (self._signal or signal.SIGTERM))
+
+    def _should_save_intra_epoch_ckpt(self, *args):
+        epoch_done = self.step == self.batches_per_epoch
+        stop = not self._agree(self._signal is None)
+        return (
+            epoch_done or stop or super()._should_save_intra_epoch_ckpt(*args)
+        )
+
+    def _save_intra_epoch_ckpt(self):
+        if self.checkpointer is not None:
+            self._keep_last_intra_epoch()
+        self._stop_if_asked()
+
+    def _keep_last_intra_epoch(self):
+        """Saves this moment and deletes the moments before it."""
+        saved = self.checkpointer.save_checkpoint(
+            end_of_epoch=False,
+            meta={INTRA_EPOCH_CKPT_FLAG: True},
+            verbosity=logging.DEBUG,
+        )
+        self._forget_intra_epoch(saved)
+
+    def _forget_intra_epoch(self, newer):
+        """Deletes mid-epoch checkpoints once a newer one is safe."""
+        if self._agree(newer is not None or not if_main_process()):
+            self.checkpointer.delete_checkpoints(
+                num_to_keep=0,
+                ckpt_predicate=lambda c: (
+                    INTRA_EPOCH_CKPT_FLAG in c.meta
+                    and (newer is None or c.path != newer.path)
+                ),
+                verbosity=logging.DEBUG,
+            )
+
+    def save_epoch(self, meta: dict, max_key: str, num_to_keep: int) -> None:
+        """Saves an epoch's end; keeps it and the best ``num_to_keep``.
+
+        Arguments
+        ---------
+        meta : dict
+            Metrics of the epoch, as plain Python numbers.
+        max_key : str
+            The metric by which checkpoints rank, higher being better.
+        num_to_keep : int
+            So many of the best stay, beside the newest.
+        """
+        saved = self.checkpointer.save_checkpoint(meta=meta)
+        self._forget_intra_epoch(saved)
+        self.checkpointer.delete_checkpoints(
+            num_to_keep=num_to_keep,
+            max_keys=[max_key],
+            importance_keys=[],
+            ckpt_predicate=lambda c: saved is None or c.path != saved.path,
+        )
+        self._stop_if_asked()
+
+    def _fit_valid(self, valid_set, epoch, enable):
+        super()._fit_valid(valid_set, epoch, enable)
+        self._stop_if_asked()
+
+    def evaluate_batch(self, batch, stage):
+        """One batch; a signal ends a validation at once, since a checkpoint
+        was saved before it."""
+        self._stop_if_asked()
+        return super().evaluate_batch(batch, stage)
+
+    # --- distribution -----------------------------------------------------
+
+    def _wrap_distributed(self):
+        """SpeechBrain converts to SyncBatchNorm, which is for GPUs alone, on
+        CPUs too, where the first batch then fails."""
+        if not (self.distributed_launch and self.device_type == "cpu"):
+            super()._wrap_distributed()
+            return
+        for name, module in self.modules.items():
+            if any(p.requires_grad for p in module.parameters()):
+                self.modules[name] = DistributedDataParallel(
+                    module, find_unused_parameters=self.find_unused_parameters
+                )

@@ -1,0 +1,295 @@
+"""Checkpoints that are whole or absent, and that hold all that a run is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from speechbrain.utils.checkpoints import (
+    Checkpoint,
+    Checkpointer,
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from speechbrain.utils.distributed import (
+    ddp_barrier,
+    get_rank,
+    if_main_process,
+)
+
+from spkid.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SAVING, DELETING, UNREADABLE = "saving+", "deleting+", "unreadable+"
+
+
+def flush_folder(folder: Path) -> None:
+    """Sees a folder's files, and their names, onto the disk.
+
+    Arguments
+    ---------
+    folder : pathlib.Path
+        The folder.
+
+    Example
+    -------
+    >>> flush_folder(getfixture("tmp_path"))
+    """
+    if os.name == "nt":  # folders can't be opened there
+        return
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class AtomicCheckpointer(Checkpointer):
+    """SpeechBrain's Checkpointer, safe against a death at any moment.
+
+    SpeechBrain fills a checkpoint's folder under its final name, so a crash
+    leaves one that is preferred from then on and cannot be loaded. Here it is
+    filled under another name, flushed, and renamed; deleted ones are renamed
+    first, too. A checkpoint that cannot be loaded is set aside, with a
+    warning, and the one before is used; one that cannot be saved (a full
+    disk) leaves those before it alone. Arguments as in SpeechBrain.
+
+    Example
+    -------
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> checkpointer = AtomicCheckpointer(getfixture("tmp_path"), {"m": layer})
+    >>> _ = checkpointer.save_checkpoint(meta={"accuracy": 0.5})
+    >>> checkpointer.recover_if_possible(max_key="accuracy").meta["accuracy"]
+    0.5
+    """
+
+    def __init__(self, checkpoints_dir: str | Path, *args, **kwargs) -> None:
+        super().__init__(checkpoints_dir, *args, **kwargs)
+        if if_main_process():
+            for prefix in (SAVING, DELETING):
+                for left in self.checkpoints_dir.glob(f"{prefix}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+
+    def _new_checkpoint_dirpath(self):
+        final = super()._new_checkpoint_dirpath()
+        return final.with_name(SAVING + final.name)
+
+    def _custom_checkpoint_dirpath(self, name):
+        final = super()._custom_checkpoint_dirpath(name)
+        return final.with_name(SAVING + final.name)
+
+    def save_checkpoint(self, *args, **kwargs) -> Checkpoint | None:
+        """Saves a checkpoint whole, or not at all.
+
+        Returns
+        -------
+        Checkpoint, optional
+            None where it could not be saved, and on ranks but the first.
+        """
+        try:
+            saved = super().save_checkpoint(*args, **kwargs)
+            ddp_barrier()
+            if saved is not None:
+                saved = self._publish(saved)
+        except (OSError, RuntimeError) as error:
+            # torch.save reports a full disk as a RuntimeError.
+            if not if_main_process():
+                raise
+            for part in self.checkpoints_dir.glob(f"{SAVING}*"):
+                shutil.rmtree(part, ignore_errors=True)
+            logger.error(
+                "%s: a checkpoint could not be saved (%s); the run goes on "
+                "and keeps the last good one. Free some space.",
+                self.checkpoints_dir,
+                str(error).splitlines()[0],
+            )
+            saved = None
+        ddp_barrier()
+        return saved
+
+    def _publish(self, saved):
+        flush_folder(saved.path)
+        final = saved.path.with_name(saved.path.name.removeprefix(SAVING))
+        os.replace(saved.path, final)
+        flush_folder(self.checkpoints_dir)
+        files = {name: final / p.name for name, p in saved.paramfiles.items()}
+        return Checkpoint(final, saved.meta, files)
+
+    @staticmethod
+    def _delete_checkpoint(checkpoint, verbosity=logging.INFO):
+        if if_main_process():
+            path = Path(checkpoint.path)
+            doomed = path.with_name(DELETING + path.name)
+            os.replace(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+            logger.log(verbosity, f"Deleted checkpoint in {path}")
+
+    def delete_checkpoints(self, **kwargs) -> None:
+        """As SpeechBrain's, whose deletion goes by the class, not by self."""
+        original = Checkpointer._delete_checkpoint
+        Checkpointer._delete_checkpoint = staticmethod(self._delete_checkpoint)
+        try:
+            super().delete_checkpoints(**kwargs)
+        finally:
+            Checkpointer._delete_checkpoint = original
+
+    def recover_if_possible(self, *args, **kwargs) -> Checkpoint | None:
+        """Loads the chosen checkpoint, or the next one that can be read.
+
+        Returns
+        -------
+        Checkpoint, optional
+            None if there is none.
+        """
+        while True:
+            chosen = self.find_checkpoint(*args, **kwargs)
+            if chosen is None:
+                return None
+            try:
+                self.load_checkpoint(chosen)
+                return chosen
+            except UserError:
+                raise
+            except Exception as error:
+                aside = chosen.path.with_name(UNREADABLE + chosen.path.name)
+                if if_main_process():
+                    os.replace(chosen.path, aside)
+                ddp_barrier()
+                logger.warning(
+                    "%s cannot be loaded (%s: %s); it is set aside as %s and "
+                    "the checkpoint before it is used.",
+                    chosen.path,
+                    type(error).__name__,
+                    str(error).splitlines()[0] if str(error) else "",
+                    aside.name,
+                )
+
+
+class RunState:
+    """What SpeechBrain's checkpoints lack: random states, the time spent, and
+    what the run may not change when it goes on.
+
+    Arguments
+    ---------
+    identity : dict
+        Plain values that must be the same when a run resumes (data, seed,
+        number of processes, ...).
+
+    Example
+    -------
+    >>> state = RunState({"seed": 1})
+    >>> state.save(getfixture("tmp_path") / "state.ckpt")
+    >>> first = torch.rand(1)
+    >>> state.load(getfixture("tmp_path") / "state.ckpt", end_of_epoch=True)
+    >>> torch.equal(first, torch.rand(1))
+    True
+    """
+
+    def __init__(self, identity: dict | None = None) -> None:
+        self.identity = identity or {}
+        self._earlier, self._started = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the run has taken, those before a resume included."""
+        return self._earlier + time.monotonic() - self._started
+
+    @mark_as_saver
+    def save(self, path: Path) -> None:
+        """Writes this process's state; each rank has a file of its own."""
+        _, keys, *rest = np.random.get_state()
+        state = {
+            "identity": self.identity,
+            "seconds": self.seconds,
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all(),
+            "python": random.getstate(),
+            "numpy": (torch.from_numpy(keys.astype(np.int64)), *rest),
+        }
+        torch.save(state, self._own(path))
+
+    @mark_as_loader
+    def load(self, path: Path, end_of_epoch: bool) -> None:
+        """Restores this process's state.
+
+        Raises
+        ------
+        UserError
+            If the checkpoint belongs to a run of another identity.
+        """
+        del end_of_epoch
+        state = torch.load(self._own(path), weights_only=True)
+        for key, ours in self.identity.items():
+            theirs = state["identity"].get(key)
+            if theirs != ours:
+                raise UserError(
+                    f"{Path(path).parent}: this run was begun with "
+                    f"{key}={theirs}, not {ours}; go on with {theirs}, or "
+                    "give another --output_folder to begin anew."
+                )
+        self._earlier = state["seconds"]
+        self._started = time.monotonic()
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+        keys, *rest = state["numpy"]
+        keys = keys.numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", keys, *rest))
+
+    @staticmethod
+    def _own(path):
+        rank = get_rank() or 0
+        return Path(path) if rank == 0 else Path(f"{path}.rank{rank}")
+
+
+register_checkpoint_hooks(RunState, save_on_main_only=False)
+
+
+def save_atomically(text: str, path: Path) -> None:
+    """Writes a text file that is whole or absent.
+
+    Arguments
+    ---------
+    text : str
+        What it holds.
+    path : pathlib.Path
+        Where; what was there before stays until the new text is on the disk.
+
+    Raises
+    ------
+    UserError
+        If it cannot be written.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "a.txt"
+    >>> save_atomically("hello", path)
+    >>> path.read_text()
+    'hello'
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: could not be written ({error.strerror}); free the space "
+            "or mend the permissions, and give the same command again."
+        ) from None

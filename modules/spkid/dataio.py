@@ -1,0 +1,167 @@
+"""Manifests and a pack become SpeechBrain datasets and loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+from speechbrain.dataio.dataloader import SaveableDataLoader, make_dataloader
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.dataio.encoder import CategoricalEncoder
+
+from spkid.batching import (
+    LengthBatches,
+    ShuffledBatches,
+    crop_starts,
+    utterance_key,
+)
+from spkid.errors import UserError
+from spkid.packed import PackedFeatures
+
+NORMALIZATIONS = ("none", "mean", "mean_std")
+
+
+def label_encoder(speakers: Sequence[str]) -> CategoricalEncoder:
+    """SpeechBrain's encoder with the classes in this very order.
+
+    Arguments
+    ---------
+    speakers : sequence of str
+        Names by class index.
+
+    Returns
+    -------
+    speechbrain.dataio.encoder.CategoricalEncoder
+
+    Example
+    -------
+    >>> label_encoder(["zoe", "adam"]).encode_label("zoe")
+    0
+    """
+    encoder = CategoricalEncoder()
+    for index, speaker in enumerate(speakers):
+        encoder.enforce_label(speaker, index)
+    encoder.expect_len(len(speakers))
+    return encoder
+
+
+def make_datasets(
+    hparams: dict, pack: PackedFeatures, encoder: CategoricalEncoder
+) -> dict[str, DynamicItemDataset]:
+    """Datasets of crops (train) and of whole utterances (valid, test).
+
+    Each item has ``id``, ``feats`` [frames, n_mels] (float32) and ``target``
+    [1] (int64; -1 where the speaker is unknown).
+
+    Arguments
+    ---------
+    hparams : dict
+        Uses ``manifest_folder``, ``seed``, ``segment_frames``,
+        ``normalization`` ("none", "mean", "mean_std") and ``epoch_counter``.
+    pack : PackedFeatures
+        The features.
+    encoder : speechbrain.dataio.encoder.CategoricalEncoder
+        The classes.
+
+    Returns
+    -------
+    dict
+        "train", "valid" and "test".
+    """
+    counter, seed = hparams["epoch_counter"], hparams["seed"]
+    segment, normalization = hparams["segment_frames"], hparams["normalization"]
+    if normalization not in NORMALIZATIONS:
+        raise UserError(
+            f"normalization={normalization!r} is none of "
+            f"{', '.join(NORMALIZATIONS)}."
+        )
+
+    def normalised(row, frames):
+        # Statistics are the whole utterance's, a crop's included.
+        if normalization != "none":
+            frames -= pack.mean[row]
+        if normalization == "mean_std":
+            frames /= pack.deviation[row] + 1e-5
+        return torch.from_numpy(frames)
+
+    @sb.utils.data_pipeline.takes("id")
+    @sb.utils.data_pipeline.provides("feats")
+    def whole(name):
+        row = pack.row[name]
+        return normalised(row, pack.frames(row))
+
+    @sb.utils.data_pipeline.takes("id", "length")
+    @sb.utils.data_pipeline.provides("feats")
+    def crop(name, length):
+        row, key = pack.row[name], [utterance_key(name)]
+        start = crop_starts(seed, counter.current, key, [length], segment)
+        return normalised(row, pack.frames(row, int(start[0]), segment))
+
+    @sb.utils.data_pipeline.takes("spk_id")
+    @sb.utils.data_pipeline.provides("target")
+    def target(speaker):
+        index = -1 if speaker is None else encoder.encode_label(speaker)
+        return torch.tensor([index])
+
+    return {
+        name: DynamicItemDataset.from_json(
+            Path(hparams["manifest_folder"]) / f"{name}.json",
+            dynamic_items=[crop if name == "train" else whole, target],
+            output_keys=["id", "feats", "target"],
+        )
+        for name in ("train", "valid", "test")
+    }
+
+
+def make_loaders(
+    hparams: dict, datasets: dict[str, DynamicItemDataset]
+) -> dict[str, SaveableDataLoader]:
+    """Loaders: shuffled crops, and whole utterances in batches by length.
+
+    In distributed training each rank's loaders give its own share.
+
+    Arguments
+    ---------
+    hparams : dict
+        Uses ``batch_size`` (over all ranks), ``seed``, ``num_workers``,
+        ``max_frames_per_batch`` and ``equal_length_batches``.
+    datasets : dict
+        From :func:`make_datasets`.
+
+    Returns
+    -------
+    dict
+        "train", "valid" and "test".
+    """
+    rank, n_ranks = 0, 1
+    if torch.distributed.is_initialized():
+        rank = torch.distributed.get_rank()
+        n_ranks = torch.distributed.get_world_size()
+    loaders = {}
+    for name, dataset in datasets.items():
+        if name == "train":
+            batches = ShuffledBatches(
+                len(dataset),
+                hparams["batch_size"],
+                hparams["seed"],
+                rank,
+                n_ranks,
+            )
+        else:
+            batches = LengthBatches(
+                [dataset.data[key]["length"] for key in dataset.data_ids],
+                hparams["max_frames_per_batch"],
+                hparams["equal_length_batches"],
+                rank,
+                n_ranks,
+            )
+        loaders[name] = make_dataloader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=hparams["num_workers"],
+            # Else starting an epoch would draw from the dropout's generator.
+            generator=torch.Generator(),
+        )
+    return loaders

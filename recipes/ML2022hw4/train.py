@@ -1,0 +1,257 @@
+#!/usr/bin/env python3
+"""Trains a speaker identification system on data in the form of ML2022 HW4.
+
+Usage: python train.py hparams/conformer.yaml [--data_folder DIR] [--key value]
+
+Any key of the YAML file and any run option of SpeechBrain can be given. The
+same command, given again, goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+from speechbrain.utils.checkpoints import average_checkpoints
+from speechbrain.utils.distributed import ddp_init_group, if_main_process
+
+import prepare
+from spkid.brain import RobustBrain
+from spkid.checkpoints import RunState, save_atomically
+from spkid.dataio import label_encoder, make_datasets, make_loaders
+from spkid.errors import UserError, run_command
+from spkid.hparams import load_hparams
+
+logger = logging.getLogger(__name__)
+
+
+class SpeakerBrain(RobustBrain):
+    """Trains ``embedding_model`` and ``classifier``; scores utterances."""
+
+    def compute_forward(self, batch, stage):
+        """Log-posteriors [batch, 1, speakers]; a margin in training only."""
+        features, lengths = batch.feats
+        if bool((lengths == 1).all()):
+            lengths = None  # nothing is padded, no mask is needed
+        else:
+            lengths = lengths.to(self.device)
+        embeddings = self.modules.embedding_model(
+            features.to(self.device), lengths
+        )
+        if stage == sb.Stage.TRAIN:
+            targets = batch.target.data.to(self.device)
+            return self.modules.classifier(embeddings, targets)
+        return self.modules.classifier(embeddings)
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Negative log-likelihood; what was predicted is kept by id."""
+        targets = batch.target.data.to(self.device)
+        if stage == sb.Stage.TRAIN:
+            return sb.nnet.losses.nll_loss(
+                predictions,
+                targets,
+                label_smoothing=self.hparams.label_smoothing,
+            )
+        # An unlabelled utterance has target -1; its loss says nothing.
+        scores = predictions.squeeze(1)
+        losses = -scores.gather(1, targets.clamp(min=0)).squeeze(1)
+        best = scores.max(dim=1)
+        for row in zip(
+            batch.id,
+            best.indices.tolist(),
+            targets.squeeze(1).tolist(),
+            losses.tolist(),
+            strict=True,
+        ):
+            self.scored[row[0]] = row[1:]
+        return losses.mean()
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Learning rate and margin follow the share of planned steps."""
+        per_epoch = -(-self.batches_per_epoch // self.grad_accumulation_factor)
+        planned = self.hparams.number_of_epochs * per_epoch
+        progress = (self.optimizer_step + 1) / planned
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.hparams.lr_schedule(progress)
+        if hasattr(self.hparams, "margin_schedule"):
+            margin = self.hparams.margin_schedule(progress)
+            self.hparams.classifier.set_margin(margin)
+
+    def on_stage_start(self, stage, epoch=None):
+        """Forgets the scores of the stage before."""
+        self.scored = {}
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Logs; after validation, saves a checkpoint."""
+        if stage == sb.Stage.TRAIN:
+            self.train_loss = stage_loss
+            return
+        self.scored = self.gather(self.scored)
+        self.result = self.summary(self.scored)
+        if stage == sb.Stage.TEST:
+            return
+        self.hparams.train_logger.log_stats(
+            {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
+            {"loss": self.train_loss},
+            self.result,
+        )
+        if self.hparams.use_tensorboard and if_main_process():
+            self.hparams.tensorboard_logger().log_stats(
+                {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
+                {"loss": self.train_loss},
+                self.result,
+            )
+        self.save_epoch(
+            {"epoch": epoch, **self.result},
+            max_key="accuracy",
+            num_to_keep=self.hparams.average_checkpoints,
+        )
+
+    def gather(self, scored):
+        """The scores of all ranks, each utterance once."""
+        if not self.distributed_launch:
+            return scored
+        parts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, scored)
+        return {key: row for part in parts for key, row in part.items()}
+
+    @staticmethod
+    def summary(scored):
+        """Accuracy and loss over the labelled utterances, None without any."""
+        rows = [row for row in scored.values() if row[1] >= 0]
+        if not rows:
+            return {"accuracy": None, "loss": None}
+        return {
+            "accuracy": sum(guess == target for guess, target, _ in rows)
+            / len(rows),
+            "loss": sum(loss for _, _, loss in rows) / len(rows),
+        }
+
+    def load_best(self):
+        """Averages the best checkpoints' weights; says how many they were."""
+        found = self.checkpointer.find_checkpoints(
+            max_key="accuracy",
+            max_num_checkpoints=self.hparams.average_checkpoints,
+        )
+        if not found:
+            raise UserError(
+                f"{self.checkpointer.checkpoints_dir}: there is no checkpoint "
+                "to test; train first, or name the run's --output_folder."
+            )
+        for name in ("embedding_model", "classifier"):
+            weights = average_checkpoints(found, name)
+            getattr(self.hparams, name).load_state_dict(weights)
+        return len(found)
+
+    def on_evaluate_start(self, max_key=None, min_key=None):
+        """Tests what :meth:`load_best` loaded, not a single checkpoint."""
+
+
+def make_brain(hparams, run_opts, corpus, pack):
+    """A Brain and its loaders, ready to fit or to evaluate."""
+    modules = hparams["modules"]
+    run_state = RunState(
+        {
+            "data": pack.stamps,
+            "seed": hparams["seed"],
+            "processes": torch.distributed.get_world_size()
+            if torch.distributed.is_initialized()
+            else 1,
+            "parameters": sum(
+                p.numel() for m in modules.values() for p in m.parameters()
+            ),
+        }
+    )
+    hparams["checkpointer"].add_recoverable("run_state", run_state)
+    brain = SpeakerBrain(
+        modules=modules,
+        opt_class=hparams["opt_class"],
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=hparams["checkpointer"],
+    )
+    brain.run_state = run_state
+    encoder = label_encoder(corpus.speakers)
+    if if_main_process():
+        encoder.save(Path(hparams["save_folder"]) / "label_encoder.txt")
+    datasets = make_datasets(hparams, pack, encoder)
+    loaders = make_loaders(hparams, datasets)
+    brain.train_sampler = loaders["train"].batch_sampler  # told the epoch
+    brain.checkpointer.add_recoverable("dataloader-TRAIN", loaders["train"])
+    return brain, loaders
+
+
+def main(arguments: list[str]) -> None:
+    """Prepares, trains, tests, and says where the results are."""
+    hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
+    ddp_init_group(run_opts)
+    # Every process reads the data; the first one writes what is missing.
+    if not if_main_process():
+        torch.distributed.barrier()
+    corpus, pack, overrides = prepare.resolve_data(hparams_file, overrides)
+    if if_main_process() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    hparams = load_hparams(hparams_file, overrides)
+    output = Path(hparams["output_folder"])
+    sb.create_experiment_directory(
+        experiment_directory=str(output),
+        hyperparams_to_save=hparams_file,
+        overrides=overrides,
+    )
+    sys.excepthook = sys.__excepthook__
+    sb.utils.distributed.run_on_main(
+        prepare.write_manifests,
+        [corpus, pack.stamps, hparams["manifest_folder"]],
+        {key: hparams[key] for key in ("split", "valid_fraction", "seed")},
+    )
+    brain, loaders = make_brain(hparams, run_opts, corpus, pack)
+    if if_main_process():
+        print(
+            f"{len(corpus.speakers)} speakers, "
+            f"{len(loaders['train'].dataset)} training, "
+            f"{len(loaders['valid'].dataset)} validation and "
+            f"{len(loaders['test'].dataset)} test utterances from "
+            f"{corpus.folder}\nResults go to {output}",
+            flush=True,
+        )
+    if brain.distributed_launch:
+        # Else all ranks would drop the same units.
+        torch.manual_seed(hparams["seed"] + torch.distributed.get_rank())
+    brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
+    averaged = brain.load_best()
+    results = {}
+    for name in ("valid", "test"):
+        brain.evaluate(loaders[name])
+        results[name] = brain.result
+    if not if_main_process():
+        return
+    results |= {
+        "system": Path(hparams_file).stem,
+        "data_folder": str(corpus.folder),
+        "split": hparams["split"],
+        "seed": hparams["seed"],
+        "speakers": len(corpus.speakers),
+        "parameters": brain.run_state.identity["parameters"],
+        "epochs": hparams["epoch_counter"].current,
+        "averaged_checkpoints": averaged,
+        "skipped_steps": brain.skipped_steps,
+        "seconds": round(brain.run_state.seconds, 1),
+    }
+    prepare.write_submission(corpus, brain.scored, output / "submission.csv")
+    save_atomically(json.dumps(results, indent=1), output / "results.json")
+    test = results["test"]["accuracy"]
+    print(
+        f"Validation accuracy {results['valid']['accuracy']:.4f}, test "
+        f"accuracy {'unknown' if test is None else f'{test:.4f}'}\n"
+        f"{output / 'results.json'}: these figures\n"
+        f"{output / 'submission.csv'}: a row for each test utterance\n"
+        f"{hparams['train_log']}: each epoch"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1 @@
+recipes/ML2022hw4/train.py
