@@ -126,9 +126,10 @@ def relative_shift(scores: torch.Tensor, n_keys: int) -> torch.Tensor:
 
     Arguments
     ---------
-    scores : torch.Tensor [..., queries, queries + n_keys - 1]
+    scores : torch.Tensor [..., queries, queries + n_keys]
         Column c belongs to the distance ``last_query - first_key - c``, so
-        distances fall from left to right (Dai et al., 2019, appendix B).
+        distances fall from left to right (Dai et al., 2019, appendix B); the
+        last column only makes the rows long enough to be shifted.
     n_keys : int
         Number of keys.
 
@@ -139,14 +140,14 @@ def relative_shift(scores: torch.Tensor, n_keys: int) -> torch.Tensor:
 
     Example
     -------
-    >>> relative_shift(torch.tensor([[1, 0, -1], [1, 0, -1]]), 2)
+    >>> relative_shift(torch.tensor([[1, 0, -1, -2], [1, 0, -1, -2]]), 2)
     tensor([[ 0, -1],
             [ 1,  0]])
     """
     n_queries, n_distances = scores.shape[-2:]
     flat = scores.flatten(-2)[..., n_queries - 1 :]
-    rows = flat.unfold(-1, n_keys, max(n_distances - 1, 1))
-    return rows[..., :n_queries, :]
+    rows = flat[..., : n_queries * (n_distances - 1)]
+    return rows.unflatten(-1, (n_queries, n_distances - 1))[..., :n_keys]
 
 
 class SelfAttentionModule(nn.Module):
@@ -274,16 +275,21 @@ class SelfAttentionModule(nn.Module):
     def _attend_in_blocks(self, query, key, value, mask):
         """Attention with a bias or a band, a block of queries at a time."""
         frames = query.shape[2]
-        # A graph that is exported for any length cannot hold a loop over it.
-        step = frames if torch.compiler.is_exporting() else QUERY_BLOCK
+        if torch.compiler.is_exporting():
+            # One graph for any length cannot hold a loop over the length.
+            starts = [0]
+        else:
+            starts = range(0, frames, QUERY_BLOCK)
         content = query
         if self.position == "relative":
             content = query + self.content_bias.to(query.dtype)
         blocks = []
-        for start in range(0, frames, step):
-            stop = min(start + step, frames)
+        for start in starts:
+            stop = frames
+            if len(starts) > 1:
+                stop = min(start + QUERY_BLOCK, frames)
             low, high = 0, frames
-            if self.window is not None:
+            if self.window is not None and len(starts) > 1:
                 low = max(0, start - self.window)
                 high = min(frames, stop + self.window)
             blocks.append(
@@ -309,7 +315,7 @@ class SelfAttentionModule(nn.Module):
         if self.position != "relative":
             return seen
         distances = torch.arange(
-            stop - 1 - low, start - high, -1, device=query.device
+            stop - 1 - low, start - high - 1, -1, device=query.device
         )
         table = self.distance(self._sinusoids(distances).to(query.dtype))
         table = table.view(-1, self.n_heads, self.head_size).transpose(0, 1)
@@ -383,8 +389,8 @@ class ConvolutionModule(nn.Module):
 
     Example
     -------
-    >>> ConvolutionModule(8, kernel_size=5)(torch.rand(2, 7, 8)).shape
-    torch.Size([2, 7, 8])
+    >>> ConvolutionModule(24, kernel_size=5)(torch.rand(2, 7, 24)).shape
+    torch.Size([2, 7, 24])
     """
 
     def __init__(
@@ -399,6 +405,11 @@ class ConvolutionModule(nn.Module):
             raise ValueError(
                 f"kernel_size={kernel_size} must be odd, so that a frame has "
                 "as many neighbours before as behind it."
+            )
+        if d_model <= 16:
+            raise ValueError(
+                f"d_model={d_model} must exceed 16: on CPU the bfloat16 "
+                "depthwise convolution of so few channels never returns."
             )
         if norm not in CONV_NORMS:
             raise ValueError(f"norm={norm!r} is none of {CONV_NORMS}.")
@@ -464,9 +475,9 @@ class ConformerBlock(nn.Module):
 
     Example
     -------
-    >>> block = ConformerBlock(8, n_heads=2, d_ff=16, kernel_size=5)
-    >>> block(torch.rand(2, 7, 8)).shape
-    torch.Size([2, 7, 8])
+    >>> block = ConformerBlock(24, n_heads=2, d_ff=48, kernel_size=5)
+    >>> block(torch.rand(2, 7, 24)).shape
+    torch.Size([2, 7, 24])
     """
 
     def __init__(
@@ -612,11 +623,11 @@ class ConformerEncoder(nn.Module):
 
     Example
     -------
-    >>> encoder = ConformerEncoder(40, d_model=16, n_layers=2, n_heads=2,
-    ...                            d_ff=32, subsampling=2, aggregate=True)
+    >>> encoder = ConformerEncoder(40, d_model=24, n_layers=2, n_heads=2,
+    ...                            d_ff=48, subsampling=2, aggregate=True)
     >>> x, lengths = encoder(torch.rand(2, 9, 40), torch.tensor([4, 9]))
     >>> x.shape, lengths, encoder.output_size
-    (torch.Size([2, 5, 32]), tensor([2, 5]), 32)
+    (torch.Size([2, 5, 48]), tensor([2, 5]), 48)
     """
 
     def __init__(

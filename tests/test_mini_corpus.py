@@ -1,0 +1,124 @@
+"""Tests of the mini corpus: its form, its channels, its reproducibility."""
+
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1] / "recipes" / "ML2022hw4")
+)
+
+import mini_corpus
+from spkid.errors import UserError
+
+pytest.importorskip("espeakng_loader")
+SIZES = {"n_speakers": 3, "n_sessions": 2, "n_sentences": 2}
+
+
+def read_json(folder, name):
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus") / "mini"
+    return mini_corpus.build(folder, progress=False, **SIZES)
+
+
+def test_same_seed_gives_same_bytes(corpus, tmp_path):
+    again = mini_corpus.build(tmp_path / "again", progress=False, **SIZES)
+    names = sorted(path.name for path in corpus.iterdir())
+    assert names == sorted(path.name for path in again.iterdir())
+    for name in names:
+        assert (corpus / name).read_bytes() == (again / name).read_bytes()
+    assert not (tmp_path / "again.part").exists()
+
+
+def test_form_is_that_of_hw4(corpus):
+    mapping = read_json(corpus, "mapping.json")
+    metadata = read_json(corpus, "metadata.json")
+    testdata = read_json(corpus, "testdata.json")
+    assert set(mapping) == {"speaker2id", "id2speaker"}
+    for speaker, index in mapping["speaker2id"].items():
+        assert re.fullmatch(r"id\d{5}", speaker)
+        assert mapping["id2speaker"][str(index)] == speaker
+    assert sorted(mapping["speaker2id"].values()) == [0, 1, 2]
+    assert set(metadata) == {"n_mels", "speakers"}
+    assert set(metadata["speakers"]) == set(mapping["speaker2id"])
+    assert set(testdata) == {"n_mels", "utterances"}
+    assert metadata["n_mels"] == testdata["n_mels"] == 40
+
+    speakers = metadata["speakers"].values()
+    assert [len(entries) for entries in speakers] == [4, 4, 4]
+    assert len(testdata["utterances"]) == 9
+    entries = [*itertools.chain(*speakers), *testdata["utterances"]]
+    for entry in entries:
+        assert set(entry) == {"feature_path", "mel_len"}
+        assert re.fullmatch(r"uttr-[0-9a-f]{32}\.pt", entry["feature_path"])
+        features = torch.load(corpus / entry["feature_path"], weights_only=True)
+        assert features.dtype == torch.float32
+        assert features.shape == (entry["mel_len"], 40)
+        assert features.isfinite().all()
+        assert 100 < len(features) < 600
+    paths = {entry["feature_path"] for entry in entries}
+    assert paths == {path.name for path in corpus.glob("*.pt")}
+    assert len(paths) == len(entries)
+
+
+def test_orders_are_those_of_hw4(corpus):
+    mapping = read_json(corpus, "mapping.json")
+    speakers = read_json(corpus, "metadata.json")["speakers"]
+    sessions = read_json(corpus, "sessions.json")
+    labels = read_json(corpus, "testlabels.json")
+    for i, speaker in enumerate(speakers):
+        assert mapping["speaker2id"][speaker] != i
+    for speaker, entries in speakers.items():
+        recorded = [sessions[entry["feature_path"]] for entry in entries]
+        assert recorded == [f"{speaker}/{k}" for k in (0, 0, 1, 1)]
+    test = read_json(corpus, "testdata.json")["utterances"]
+    tested = [labels[entry["feature_path"]] for entry in test]
+    assert tested != sorted(tested)
+    assert {sessions[path] for path in labels} == {f"{s}/2" for s in speakers}
+
+
+def test_sessions_differ_in_channel(corpus):
+    """Means of one session are closer than those of a speaker's two."""
+    sessions = read_json(corpus, "sessions.json")
+    within, across = [], []
+    for entries in read_json(corpus, "metadata.json")["speakers"].values():
+        paths = [entry["feature_path"] for entry in entries]
+        means = [
+            torch.load(corpus / path, weights_only=True).mean(0)
+            for path in paths
+        ]
+        for i in range(len(paths)):
+            for j in range(i):
+                same = sessions[paths[i]] == sessions[paths[j]]
+                distance = (means[i] - means[j]).norm().item()
+                (within if same else across).append(distance)
+    assert sum(across) / len(across) > 1.5 * sum(within) / len(within)
+
+
+def test_complete_folder_is_left_alone(corpus):
+    before = {path: path.stat().st_mtime_ns for path in corpus.iterdir()}
+    assert mini_corpus.build(corpus, seed=1) == corpus
+    assert before == {p: p.stat().st_mtime_ns for p in corpus.iterdir()}
+
+
+def test_other_files_are_not_touched(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="empty folder"):
+        mini_corpus.build(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_missing_espeak_names_the_cure(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    with pytest.raises(UserError, match="pip install espeakng-loader"):
+        mini_corpus.build(tmp_path / "mini")
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,170 @@
+"""The pack holds what the files held, or isn't there."""
+
+import errno
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from spkid import packed
+from spkid.errors import UserError
+from spkid.packed import PackedFeatures
+
+
+@pytest.fixture
+def files(tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    mels = {f"{i}.pt": torch.randn(5 + i, 40) * 8 - 4 for i in range(7)}
+    for name, mel in mels.items():
+        torch.save(mel, folder / name)
+    return folder, mels
+
+
+def build(files, tmp_path, **options):
+    folder, mels = files
+    lengths = [len(m) for m in mels.values()]
+    return PackedFeatures.build(
+        tmp_path / "pack",
+        folder,
+        list(mels),
+        lengths,
+        n_mels=40,
+        progress=False,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [("float32", 0), ("float16", 8e-3)]
+)
+def test_holds_what_the_files_held(files, tmp_path, dtype, error):
+    pack = build(files, tmp_path, dtype=dtype)
+    for name, mel in files[1].items():
+        row = pack.row[name]
+        assert np.abs(pack.frames(row) - mel.numpy()).max() <= error
+        part = pack.frames(row, start=2, count=2)
+        assert np.abs(part - mel[2:4].numpy()).max() <= error
+        assert len(pack.frames(row, start=3, count=999)) == len(mel) - 3
+        assert np.allclose(pack.mean[row], mel.mean(0), atol=1e-5)
+        deviation = mel.std(0, correction=0)
+        assert np.allclose(pack.deviation[row], deviation, atol=1e-5)
+    pack.verify()
+
+
+def test_is_reused_until_a_file_changes(files, tmp_path, monkeypatch):
+    build(files, tmp_path)
+    reads = []
+    load = packed.load_feature_file
+    monkeypatch.setattr(
+        packed, "load_feature_file", lambda *a: reads.append(a) or load(*a)
+    )
+    build(files, tmp_path)
+    assert not reads
+    torch.save(torch.zeros(5, 40), files[0] / "0.pt")
+    pack = build(files, tmp_path)
+    assert len(reads) == 7
+    assert (pack.frames(0) == 0).all()
+
+
+def test_a_build_that_dies_leaves_nothing_in_use(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(packed.np, "savez", lambda *a, **k: os._exit)
+    monkeypatch.setattr(
+        packed.os,
+        "replace",
+        lambda *a: (_ for _ in ()).throw(KeyboardInterrupt),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        build(files, tmp_path)
+    assert not (tmp_path / "pack").exists()
+    monkeypatch.undo()
+    build(files, tmp_path).verify()
+
+
+def test_a_full_disk_is_said_with_the_bytes_needed(
+    files, tmp_path, monkeypatch
+):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(packed.os, "fsync", full)
+    frames = sum(len(m) for m in files[1].values())
+    with pytest.raises(UserError, match=f"{frames * 40 * 2:,} bytes.*No space"):
+        build(files, tmp_path)
+    assert not list(tmp_path.glob("pack*"))
+
+
+def test_damage_is_found(files, tmp_path):
+    pack = build(files, tmp_path)
+    with open(pack.file, "r+b") as file:
+        file.seek(100)
+        file.write(b"\xff")
+    with pytest.raises(UserError, match="differs from what was packed"):
+        PackedFeatures(pack.file.parent).verify()
+    pack.file.write_bytes(pack.file.read_bytes()[:-2])
+    with pytest.raises(UserError, match="bytes, not"):
+        PackedFeatures(pack.file.parent)
+
+
+def test_a_worker_that_is_spawned_maps_the_file_itself(files, tmp_path):
+    pack = build(files, tmp_path)
+    frozen = pickle.dumps(pack)
+    assert len(frozen) < 20_000
+    assert np.array_equal(pickle.loads(frozen).frames(3), pack.frames(3))
+
+
+BAD = {
+    "NaN": (torch.full((5, 40), float("nan")), "NaN or infinite"),
+    "infinite": (torch.full((5, 40), float("inf")), "NaN or infinite"),
+    "bands": (torch.zeros(5, 39), r"not \(frames, n_mels=40\)"),
+    "dimensions": (torch.zeros(200), r"not \(frames, n_mels=40\)"),
+    "integers": (torch.zeros(5, 40, dtype=torch.int64), "no float tensor"),
+    "list": ([1, 2], "no float tensor"),
+    "length": (torch.zeros(6, 40), "'mel_len' in the JSON says 5"),
+    "empty": (torch.zeros(0, 40), "has 0 frames"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_file_is_named(files, tmp_path, what):
+    content, words = BAD[what]
+    torch.save(content, files[0] / "0.pt")
+    with pytest.raises(UserError, match=rf"0\.pt: .*{words}"):
+        build(files, tmp_path)
+    assert not (tmp_path / "pack").exists()
+
+
+def test_bad_files_can_be_collected_and_left_out(files, tmp_path):
+    (files[0] / "2.pt").write_bytes(b"")
+    (files[0] / "4.pt").write_bytes(b"PK\x03\x04 cut off")
+    bad = []
+    pack = build(files, tmp_path, on_error=lambda path, _: bad.append(path))
+    assert bad == ["2.pt", "4.pt"]
+    assert len(pack.paths) == 5
+    assert (
+        np.abs(pack.frames(pack.row["6.pt"]) - files[1]["6.pt"].numpy()).max()
+        < 8e-3
+    )
+
+
+class Canary:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_code_in_a_feature_file_runs(files, tmp_path):
+    canary = tmp_path / "canary"
+    torch.save({"x": Canary(canary)}, files[0] / "0.pt")
+    with pytest.raises(UserError, match=r"0\.pt: not a readable"):
+        build(files, tmp_path)
+    assert not canary.exists()
+    torch.load(files[0] / "0.pt", weights_only=False)
+    assert canary.exists(), "the canary itself must work"
