@@ -87,7 +87,9 @@ class AtomicCheckpointer(Checkpointer):
         final = super()._custom_checkpoint_dirpath(name)
         return final.with_name(SAVING + final.name)
 
-    def save_checkpoint(self, *args, **kwargs) -> Checkpoint | None:
+    def save_checkpoint(
+        self, *args, verbosity: int = logging.INFO, **kwargs
+    ) -> Checkpoint | None:
         """Saves a checkpoint whole, or not at all.
 
         Returns
@@ -96,10 +98,14 @@ class AtomicCheckpointer(Checkpointer):
             None where it could not be saved, and on ranks but the first.
         """
         try:
-            saved = super().save_checkpoint(*args, **kwargs)
+            # SpeechBrain's message would name the folder of before.
+            saved = super().save_checkpoint(
+                *args, verbosity=logging.DEBUG, **kwargs
+            )
             ddp_barrier()
             if saved is not None:
                 saved = self._publish(saved)
+                logger.log(verbosity, "Saved a checkpoint in %s", saved.path)
         except (OSError, RuntimeError) as error:
             # torch.save reports a full disk as a RuntimeError.
             if not if_main_process():

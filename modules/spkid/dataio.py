@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import speechbrain as sb
 import torch
@@ -48,9 +47,12 @@ def label_encoder(speakers: Sequence[str]) -> CategoricalEncoder:
 
 
 def make_datasets(
-    hparams: dict, pack: PackedFeatures, encoder: CategoricalEncoder
+    hparams: dict,
+    manifests: dict[str, dict],
+    pack: PackedFeatures,
+    encoder: CategoricalEncoder,
 ) -> dict[str, DynamicItemDataset]:
-    """Datasets of crops (train) and of whole utterances (valid, test).
+    """Datasets of crops ("train") and of whole utterances (the others).
 
     Each item has ``id``, ``feats`` [frames, n_mels] (float32) and ``target``
     [1] (int64; -1 where the speaker is unknown).
@@ -58,8 +60,10 @@ def make_datasets(
     Arguments
     ---------
     hparams : dict
-        Uses ``manifest_folder``, ``seed``, ``segment_frames``,
-        ``normalization`` ("none", "mean", "mean_std") and ``epoch_counter``.
+        Uses ``seed``, ``segment_frames``, ``normalization`` ("none", "mean",
+        "mean_std") and ``epoch_counter``.
+    manifests : dict
+        For each set: utterance id to ``length`` and ``spk_id``.
     pack : PackedFeatures
         The features.
     encoder : speechbrain.dataio.encoder.CategoricalEncoder
@@ -68,7 +72,7 @@ def make_datasets(
     Returns
     -------
     dict
-        "train", "valid" and "test".
+        One for each manifest.
     """
     counter, seed = hparams["epoch_counter"], hparams["seed"]
     segment, normalization = hparams["segment_frames"], hparams["normalization"]
@@ -106,12 +110,12 @@ def make_datasets(
         return torch.tensor([index])
 
     return {
-        name: DynamicItemDataset.from_json(
-            Path(hparams["manifest_folder"]) / f"{name}.json",
+        name: DynamicItemDataset(
+            manifest,
             dynamic_items=[crop if name == "train" else whole, target],
             output_keys=["id", "feats", "target"],
         )
-        for name in ("train", "valid", "test")
+        for name, manifest in manifests.items()
     }
 
 
@@ -133,7 +137,7 @@ def make_loaders(
     Returns
     -------
     dict
-        "train", "valid" and "test".
+        One for each dataset.
     """
     rank, n_ranks = 0, 1
     if torch.distributed.is_initialized():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 import yaml
@@ -66,7 +67,10 @@ def plain_values(
         raise UserError(
             f"'{overrides}' isn't of the form --key=value; see {path} for keys."
         )
+    names = re.findall(r"^(\w+):", overrides, re.MULTILINE)
     for key in given:
+        if names.count(key) > 1:
+            raise UserError(f"--{key} is given twice; keep one.")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean --{near[0]}?" if near else "see its keys."

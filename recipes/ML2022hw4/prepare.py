@@ -307,6 +307,24 @@ def pack_corpus(
     )
 
 
+def manifest(utterances: list[Utterance]) -> dict[str, dict]:
+    """Utterances in SpeechBrain's form.
+
+    Arguments
+    ---------
+    utterances : list of Utterance
+        In the order to keep.
+
+    Returns
+    -------
+    dict
+        Feature path to ``length`` (frames) and ``spk_id`` (a name, or None).
+    """
+    return {
+        u.path: {"length": u.length, "spk_id": u.speaker} for u in utterances
+    }
+
+
 def write_manifests(
     corpus: Corpus,
     stamps: str,
@@ -350,15 +368,10 @@ def write_manifests(
     if done.exists() and read_json(done) == choices:
         return
     train, valid = SPLITS[split](corpus.labelled, valid_fraction, seed)
-    for name, part in (
-        ("train", train),
-        ("valid", valid),
-        ("test", corpus.test),
-    ):
-        manifest = {
-            u.path: {"length": u.length, "spk_id": u.speaker} for u in part
-        }
-        save_atomically(json.dumps(manifest, indent=1), folder / f"{name}.json")
+    parts = {"train": train, "valid": valid, "test": corpus.test}
+    for name, part in parts.items():
+        text = json.dumps(manifest(part), indent=1)
+        save_atomically(text, folder / f"{name}.json")
     save_atomically(json.dumps(choices, indent=1), done)
 
 

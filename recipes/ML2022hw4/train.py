@@ -10,12 +10,12 @@ same command, given again, goes on where it was stopped.
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from pathlib import Path
 
 import speechbrain as sb
 import torch
+from speechbrain.dataio.dataio import load_data_json
 from speechbrain.utils.checkpoints import average_checkpoints
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
@@ -26,7 +26,7 @@ from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import UserError, run_command
 from spkid.hparams import load_hparams
 
-logger = logging.getLogger(__name__)
+WEIGHTS = ("embedding_model", "classifier")
 
 
 class SpeakerBrain(RobustBrain):
@@ -131,24 +131,22 @@ class SpeakerBrain(RobustBrain):
             "loss": sum(loss for _, _, loss in rows) / len(rows),
         }
 
-    def load_best(self):
-        """Averages the best checkpoints' weights; says how many they were."""
+    def load_average(self, count):
+        """Loads the mean of the best checkpoints' weights."""
         found = self.checkpointer.find_checkpoints(
-            max_key="accuracy",
-            max_num_checkpoints=self.hparams.average_checkpoints,
+            max_key="accuracy", max_num_checkpoints=count
         )
         if not found:
             raise UserError(
                 f"{self.checkpointer.checkpoints_dir}: there is no checkpoint "
                 "to test; train first, or name the run's --output_folder."
             )
-        for name in ("embedding_model", "classifier"):
+        for name in WEIGHTS:
             weights = average_checkpoints(found, name)
             getattr(self.hparams, name).load_state_dict(weights)
-        return len(found)
 
     def on_evaluate_start(self, max_key=None, min_key=None):
-        """Tests what :meth:`load_best` loaded, not a single checkpoint."""
+        """Scores with the weights at hand, not those of a checkpoint."""
 
 
 def make_brain(hparams, run_opts, corpus, pack):
@@ -177,12 +175,32 @@ def make_brain(hparams, run_opts, corpus, pack):
     brain.run_state = run_state
     encoder = label_encoder(corpus.speakers)
     if if_main_process():
-        encoder.save(Path(hparams["save_folder"]) / "label_encoder.txt")
-    datasets = make_datasets(hparams, pack, encoder)
+        save_atomically(
+            "\n".join(corpus.speakers),
+            Path(hparams["output_folder"]) / "speakers.txt",
+        )
+    manifests = {
+        name: load_data_json(Path(hparams["manifest_folder"]) / f"{name}.json")
+        for name in ("train", "valid", "test")
+    }
+    datasets = make_datasets(hparams, manifests, pack, encoder)
     loaders = make_loaders(hparams, datasets)
     brain.train_sampler = loaders["train"].batch_sampler  # told the epoch
     brain.checkpointer.add_recoverable("dataloader-TRAIN", loaders["train"])
     return brain, loaders
+
+
+def choose_weights(brain, valid_loader):
+    """The averaged or the single best checkpoint: validation decides."""
+    best = None
+    for count in sorted({1, brain.hparams.average_checkpoints}):
+        brain.load_average(count)
+        brain.evaluate(valid_loader)
+        accuracy = brain.result["accuracy"]
+        if best is None or accuracy >= best[1]["valid"]["accuracy"]:
+            best = count, {"valid": brain.result}
+    brain.load_average(best[0])
+    return best
 
 
 def main(arguments: list[str]) -> None:
@@ -222,13 +240,17 @@ def main(arguments: list[str]) -> None:
         # Else all ranks would drop the same units.
         torch.manual_seed(hparams["seed"] + torch.distributed.get_rank())
     brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
-    averaged = brain.load_best()
-    results = {}
-    for name in ("valid", "test"):
-        brain.evaluate(loaders[name])
-        results[name] = brain.result
-    if not if_main_process():
+    averaged, results = choose_weights(brain, loaders["valid"])
+    brain.evaluate(loaders["test"])
+    results["test"] = brain.result
+    if brain.debug:
+        print("The debug run has passed; it leaves no results.")
+    if brain.debug or not if_main_process():
         return
+    (output / "model").mkdir(exist_ok=True)
+    for name in WEIGHTS:
+        weights = hparams[name].state_dict()
+        torch.save(weights, output / "model" / f"{name}.ckpt")
     results |= {
         "system": Path(hparams_file).stem,
         "data_folder": str(corpus.folder),
@@ -249,6 +271,7 @@ def main(arguments: list[str]) -> None:
         f"accuracy {'unknown' if test is None else f'{test:.4f}'}\n"
         f"{output / 'results.json'}: these figures\n"
         f"{output / 'submission.csv'}: a row for each test utterance\n"
+        f"{output / 'model'}: the weights\n"
         f"{hparams['train_log']}: each epoch"
     )
 
