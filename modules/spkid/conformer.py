@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from spkid.dropout import Dropout
 from spkid.lengths import valid_mask
 
 POSITIONS = ("none", "rope", "relative")
@@ -47,7 +48,7 @@ class FeedForwardModule(nn.Module):
         self.norm = nn.LayerNorm(d_model)
         self.expand = nn.Linear(d_model, d_ff)
         self.project = nn.Linear(d_ff, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [batch, frames, d_model] to the same shape."""
@@ -215,7 +216,7 @@ class SelfAttentionModule(nn.Module):
         self.norm = nn.LayerNorm(d_model)
         self.query_key_value = nn.Linear(d_model, 3 * d_model)
         self.project = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         if position == "relative":
             self.distance = nn.Linear(d_model, d_model, bias=False)
             # Transformer-XL's u and v.
@@ -428,7 +429,7 @@ class ConvolutionModule(nn.Module):
             else nn.LayerNorm(d_model)
         )
         self.project = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, x: torch.Tensor, valid: torch.Tensor | None = None
@@ -513,10 +514,10 @@ class ConformerBlock(nn.Module):
     ) -> torch.Tensor:
         """Maps [batch, frames, d_model] to the same shape."""
         entry = x
-        x = x + 0.5 * self.first_feed_forward(x)
+        x = torch.add(x, self.first_feed_forward(x), alpha=0.5)
         x = x + self.attention(x, valid, angles)
         x = x + self.convolution(x, valid)
-        x = x + 0.5 * self.second_feed_forward(x)
+        x = torch.add(x, self.second_feed_forward(x), alpha=0.5)
         x = self.norm(x)
         if self.training and self.drop_path > 0:
             # 0 or 1 / (1 - p) for each utterance.
@@ -655,7 +656,7 @@ class ConformerEncoder(nn.Module):
             if subsampling == 1
             else Subsampling(input_size, d_model, subsampling)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
             ConformerBlock(
                 d_model,

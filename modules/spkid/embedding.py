@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from spkid.dropout import Dropout
 from spkid.lengths import absolute_lengths
 
 
@@ -49,7 +50,7 @@ class SpeakerEmbedding(nn.Module):
         self.pooling = pooling
         size = pooling.output_size
         self.norm = nn.BatchNorm1d(size) if batch_norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.project = (
             nn.Identity()
             if embedding_size is None
