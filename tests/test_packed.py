@@ -168,3 +168,31 @@ def test_no_code_in_a_feature_file_runs(files, tmp_path):
     assert not canary.exists()
     torch.load(files[0] / "0.pt", weights_only=False)
     assert canary.exists(), "the canary itself must work"
+
+
+def test_two_builds_at_once_agree(files, tmp_path, monkeypatch):
+    """The slower one finds the pack that the faster one left."""
+    replace, inner = os.replace, []
+
+    def late(source, target):
+        if not inner:
+            inner.append(source)
+            inner.append(build(files, tmp_path))
+        replace(source, target)
+
+    monkeypatch.setattr(packed.os, "replace", late)
+    pack = build(files, tmp_path)
+    pack.verify()
+    assert pack.stamps == inner[1].stamps
+    assert [p.name for p in tmp_path.glob("pack*")] == ["pack"]
+
+
+def test_what_a_kill_left_is_swept_once_it_is_old(files, tmp_path):
+    for name, age in (("pack.part-old", 7200), ("pack.part-new", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / packed.FRAMES).write_bytes(b"x")
+        past = (tmp_path / name / packed.FRAMES).stat().st_mtime - age
+        os.utime(tmp_path / name / packed.FRAMES, (past, past))
+    build(files, tmp_path)
+    left = sorted(p.name for p in tmp_path.glob("pack*"))
+    assert left == ["pack", "pack.part-new"]

@@ -8,6 +8,7 @@ from corpus import make_corpus
 
 import prepare
 from spkid.errors import UserError
+from spkid.scoring import Score
 
 
 @pytest.fixture
@@ -289,8 +290,8 @@ def test_impossible_choices_are_refused(data, tmp_path, options, words):
 def test_the_submission_keeps_odd_names_whole(data, tmp_path):
     corpus = prepare.read_corpus(data)
     corpus.speakers[0] = 'a "comma", too'
-    scored = {u.path: (0,) for u in corpus.test}
-    prepare.write_submission(corpus, scored, tmp_path / "s.csv")
+    scores = {u.path: Score(0, -1, 0.0) for u in corpus.test}
+    prepare.write_submission(corpus, scores, tmp_path / "s.csv")
     import csv
 
     with open(tmp_path / "s.csv", newline="") as file:

@@ -213,13 +213,19 @@ class RobustBrain(sb.Brain):
         self._stop_if_asked()
 
     def _fit_valid(self, valid_set, epoch, enable):
+        if self.distributed_launch:
+            # Batch statistics are each rank's own after the last step.
+            for buffer in self.modules.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         super()._fit_valid(valid_set, epoch, enable)
         self._stop_if_asked()
 
     def evaluate_batch(self, batch, stage):
         """One batch; a signal ends a validation at once, since a checkpoint
-        was saved before it."""
-        self._stop_if_asked()
+        was saved before it. Ranks, which may have different numbers of
+        batches, agree at its end."""
+        if not self.distributed_launch:
+            self._stop_if_asked()
         return super().evaluate_batch(batch, stage)
 
     # --- distribution -----------------------------------------------------

@@ -17,6 +17,7 @@ from torch import nn
 
 from spkid.dropout import Dropout
 from spkid.lengths import valid_mask
+from spkid.norm import MaskedBatchNorm
 
 POSITIONS = ("none", "rope", "relative")
 CONV_NORMS = ("layer", "batch")
@@ -337,37 +338,6 @@ class SelfAttentionModule(nn.Module):
         exponents = torch.arange(half, device=distances.device, dtype=dtype)
         angles = distances[:, None] * 10000.0 ** (-exponents / half)
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
-
-
-class MaskedBatchNorm(nn.Module):
-    """Batch normalisation whose statistics skip padded frames.
-
-    Arguments
-    ---------
-    n_features : int
-        Width of the input.
-
-    Example
-    -------
-    >>> norm = MaskedBatchNorm(3)
-    >>> norm(torch.rand(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)).shape
-    torch.Size([2, 5, 3])
-    """
-
-    def __init__(self, n_features: int) -> None:
-        super().__init__()
-        # Held, not inherited: SyncBatchNorm conversion then finds it.
-        self.norm = nn.BatchNorm1d(n_features)
-
-    def forward(
-        self, x: torch.Tensor, valid: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Normalises [batch, frames, n_features]; ``valid`` as above."""
-        if valid is None or not self.training:
-            return self.norm(x.flatten(0, 1)).view_as(x)
-        normalised = torch.zeros_like(x)
-        normalised[valid] = self.norm(x[valid]).to(x.dtype)
-        return normalised
 
 
 class ConvolutionModule(nn.Module):

@@ -16,10 +16,7 @@ from spkid.batching import (
     crop_starts,
     utterance_key,
 )
-from spkid.errors import UserError
 from spkid.packed import PackedFeatures
-
-NORMALIZATIONS = ("none", "mean", "mean_std")
 
 
 def label_encoder(speakers: Sequence[str]) -> CategoricalEncoder:
@@ -54,14 +51,14 @@ def make_datasets(
 ) -> dict[str, DynamicItemDataset]:
     """Datasets of crops ("train") and of whole utterances (the others).
 
-    Each item has ``id``, ``feats`` [frames, n_mels] (float32) and ``target``
-    [1] (int64; -1 where the speaker is unknown).
+    Each item has ``id``, ``feats`` [frames, n_mels] (raw log-mels),
+    ``statistics`` [2, n_mels] (mean and deviation of the whole utterance) and
+    ``target`` [1] (class index; -1 where the speaker is unknown).
 
     Arguments
     ---------
     hparams : dict
-        Uses ``seed``, ``segment_frames``, ``normalization`` ("none", "mean",
-        "mean_std") and ``epoch_counter``.
+        Uses ``seed``, ``segment_frames`` and ``epoch_counter``.
     manifests : dict
         For each set: utterance id to ``length`` and ``spk_id``.
     pack : PackedFeatures
@@ -75,33 +72,22 @@ def make_datasets(
         One for each manifest.
     """
     counter, seed = hparams["epoch_counter"], hparams["seed"]
-    segment, normalization = hparams["segment_frames"], hparams["normalization"]
-    if normalization not in NORMALIZATIONS:
-        raise UserError(
-            f"normalization={normalization!r} is none of "
-            f"{', '.join(NORMALIZATIONS)}."
-        )
-
-    def normalised(row, frames):
-        # Statistics are the whole utterance's, a crop's included.
-        if normalization != "none":
-            frames -= pack.mean[row]
-        if normalization == "mean_std":
-            frames /= pack.deviation[row] + 1e-5
-        return torch.from_numpy(frames)
+    segment = hparams["segment_frames"]
 
     @sb.utils.data_pipeline.takes("id")
-    @sb.utils.data_pipeline.provides("feats")
+    @sb.utils.data_pipeline.provides("feats", "statistics")
     def whole(name):
         row = pack.row[name]
-        return normalised(row, pack.frames(row))
+        yield torch.from_numpy(pack.frames(row))
+        yield pack.statistics(row)
 
     @sb.utils.data_pipeline.takes("id", "length")
-    @sb.utils.data_pipeline.provides("feats")
+    @sb.utils.data_pipeline.provides("feats", "statistics")
     def crop(name, length):
         row, key = pack.row[name], [utterance_key(name)]
         start = crop_starts(seed, counter.current, key, [length], segment)
-        return normalised(row, pack.frames(row, int(start[0]), segment))
+        yield torch.from_numpy(pack.frames(row, int(start[0]), segment))
+        yield pack.statistics(row)
 
     @sb.utils.data_pipeline.takes("spk_id")
     @sb.utils.data_pipeline.provides("target")
@@ -113,7 +99,7 @@ def make_datasets(
         name: DynamicItemDataset(
             manifest,
             dynamic_items=[crop if name == "train" else whole, target],
-            output_keys=["id", "feats", "target"],
+            output_keys=["id", "feats", "statistics", "target"],
         )
         for name, manifest in manifests.items()
     }

@@ -7,6 +7,7 @@ from torch import nn
 
 from spkid.dropout import Dropout
 from spkid.lengths import absolute_lengths
+from spkid.norm import BatchNorm
 
 
 class SpeakerEmbedding(nn.Module):
@@ -49,7 +50,7 @@ class SpeakerEmbedding(nn.Module):
         self.encoder = encoder
         self.pooling = pooling
         size = pooling.output_size
-        self.norm = nn.BatchNorm1d(size) if batch_norm else nn.Identity()
+        self.norm = BatchNorm(size) if batch_norm else nn.Identity()
         self.dropout = Dropout(dropout)
         self.project = (
             nn.Identity()

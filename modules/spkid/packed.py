@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ from spkid.errors import UserError
 
 INDEX, FRAMES = "index.npz", "frames.bin"
 CHUNK = 256
+STALE_SECONDS = 3600  # a living build writes far more often
 
 
 def file_stamps(folder: Path, paths: Sequence[str]) -> str:
@@ -108,6 +111,17 @@ def load_feature_file(path: Path, n_mels: int, length: int) -> np.ndarray:
     return features.to(torch.float32).numpy()
 
 
+def _side_folder(folder):
+    """A new folder beside the pack's; sweeps those that a kill left behind."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f"{folder.name}.part-*"):
+        file = left / FRAMES
+        if file.exists() and time.time() - file.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+    prefix = f"{folder.name}.part-"
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+
+
 class PackedFeatures:
     """Features of many utterances in one memory-mapped file.
 
@@ -188,6 +202,11 @@ class PackedFeatures:
             end = min(end, first + count)
         return self.data[first:end].astype(np.float32)
 
+    def statistics(self, row: int) -> torch.Tensor:
+        """Mean and deviation [2, n_mels] over the whole utterance."""
+        both = np.stack((self.mean[row], self.deviation[row]))
+        return torch.from_numpy(both)
+
     def verify(self) -> None:
         """Raises UserError unless each utterance has the bytes it got."""
         for row, path in enumerate(self.paths):
@@ -251,9 +270,7 @@ class PackedFeatures:
             if pack.stamps == stamps and pack.dtype == dtype:
                 return pack
             shutil.rmtree(folder)
-        part = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        part = _side_folder(folder)
 
         def read(item):
             path, length = item
@@ -317,5 +334,9 @@ class PackedFeatures:
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        os.replace(part, folder)
+        try:
+            os.replace(part, folder)
+        except OSError:
+            # Another process has built it meanwhile.
+            shutil.rmtree(part, ignore_errors=True)
         return cls(folder)

@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
     )
     brain.evaluate(make_loaders(hparams, datasets)["test"])
     target = args.submission or args.output_folder / "submission.csv"
-    prepare.write_submission(corpus, brain.scored, target)
+    prepare.write_submission(corpus, brain.scores, target)
     accuracy = brain.result["accuracy"]
     known = "unknown" if accuracy is None else f"{accuracy:.4f}"
     print(f"Test accuracy {known}\n{target}: {len(corpus.test)} rows")

@@ -23,6 +23,7 @@ from spkid.checkpoints import save_atomically
 from spkid.errors import UserError, run_command
 from spkid.hparams import plain_values
 from spkid.packed import PackedFeatures
+from spkid.scoring import Score
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_DATA = ROOT / "data"
@@ -411,7 +412,7 @@ def resolve_data(
 
 
 def write_submission(
-    corpus: Corpus, scored: dict[str, tuple], path: str | Path
+    corpus: Corpus, scores: dict[str, Score], path: str | Path
 ) -> None:
     """Writes the competition's CSV, in the order of testdata.json.
 
@@ -419,8 +420,8 @@ def write_submission(
     ---------
     corpus : Corpus
         The data.
-    scored : dict
-        Feature path to a tuple that begins with the predicted class index.
+    scores : dict
+        By feature path.
     path : str or pathlib.Path
         The CSV file.
     """
@@ -428,8 +429,8 @@ def write_submission(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["Id", "Category"])
     for utterance in corpus.test:
-        index = scored[utterance.path][0]
-        writer.writerow([utterance.path, corpus.speakers[index]])
+        guess = scores[utterance.path].guess
+        writer.writerow([utterance.path, corpus.speakers[guess]])
     save_atomically(text.getvalue(), path)
 
 

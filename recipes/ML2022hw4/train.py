@@ -25,6 +25,8 @@ from spkid.checkpoints import RunState, save_atomically
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import UserError, run_command
 from spkid.hparams import load_hparams
+from spkid.lengths import absolute_lengths
+from spkid.scoring import gather_scores, score_batch, summarize
 
 WEIGHTS = ("embedding_model", "classifier")
 
@@ -34,18 +36,24 @@ class SpeakerBrain(RobustBrain):
 
     def compute_forward(self, batch, stage):
         """Log-posteriors [batch, 1, speakers]; a margin in training only."""
-        features, lengths = batch.feats
-        if bool((lengths == 1).all()):
-            lengths = None  # nothing is padded, no mask is needed
+        features, relative = batch.feats
+        statistics = batch.statistics.data.to(self.device)
+        if bool((relative == 1).all()):
+            relative = lengths = None  # nothing is padded, no mask is needed
         else:
-            lengths = lengths.to(self.device)
-        embeddings = self.modules.embedding_model(
-            features.to(self.device), lengths
+            relative = relative.to(self.device)
+            lengths = absolute_lengths(relative, features.shape[1])
+        features = self.modules.preprocess(
+            features.to(self.device), lengths, statistics
         )
-        if stage == sb.Stage.TRAIN:
-            targets = batch.target.data.to(self.device)
-            return self.modules.classifier(embeddings, targets)
-        return self.modules.classifier(embeddings)
+        if stage != sb.Stage.TRAIN:
+            # Not through DistributedDataParallel, which would wait for ranks
+            # that have fewer batches.
+            embeddings = self.hparams.embedding_model(features, relative)
+            return self.hparams.classifier(embeddings)
+        embeddings = self.modules.embedding_model(features, relative)
+        targets = batch.target.data.to(self.device)
+        return self.modules.classifier(embeddings, targets)
 
     def compute_objectives(self, predictions, batch, stage):
         """Negative log-likelihood; what was predicted is kept by id."""
@@ -56,19 +64,13 @@ class SpeakerBrain(RobustBrain):
                 targets,
                 label_smoothing=self.hparams.label_smoothing,
             )
-        # An unlabelled utterance has target -1; its loss says nothing.
-        scores = predictions.squeeze(1)
-        losses = -scores.gather(1, targets.clamp(min=0)).squeeze(1)
-        best = scores.max(dim=1)
-        for row in zip(
-            batch.id,
-            best.indices.tolist(),
-            targets.squeeze(1).tolist(),
-            losses.tolist(),
-            strict=True,
-        ):
-            self.scored[row[0]] = row[1:]
-        return losses.mean()
+        scores = score_batch(
+            batch.id, predictions.squeeze(1), targets.squeeze(1)
+        )
+        self.scores |= scores
+        # An unlabelled utterance's loss says nothing.
+        loss = summarize(scores)["loss"]
+        return torch.tensor(0.0 if loss is None else loss)
 
     def on_fit_batch_start(self, batch, should_step):
         """Learning rate and margin follow the share of planned steps."""
@@ -83,24 +85,22 @@ class SpeakerBrain(RobustBrain):
 
     def on_stage_start(self, stage, epoch=None):
         """Forgets the scores of the stage before."""
-        self.scored = {}
+        self.scores = {}
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Logs; after validation, saves a checkpoint."""
         if stage == sb.Stage.TRAIN:
             self.train_loss = stage_loss
             return
-        self.scored = self.gather(self.scored)
-        self.result = self.summary(self.scored)
+        self.scores = gather_scores(self.scores)
+        self.result = summarize(self.scores)
         if stage == sb.Stage.TEST:
             return
-        self.hparams.train_logger.log_stats(
-            {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
-            {"loss": self.train_loss},
-            self.result,
-        )
+        loggers = [self.hparams.train_logger]
         if self.hparams.use_tensorboard and if_main_process():
-            self.hparams.tensorboard_logger().log_stats(
+            loggers.append(self.hparams.tensorboard_logger())
+        for train_logger in loggers:
+            train_logger.log_stats(
                 {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
                 {"loss": self.train_loss},
                 self.result,
@@ -110,26 +110,6 @@ class SpeakerBrain(RobustBrain):
             max_key="accuracy",
             num_to_keep=self.hparams.average_checkpoints,
         )
-
-    def gather(self, scored):
-        """The scores of all ranks, each utterance once."""
-        if not self.distributed_launch:
-            return scored
-        parts = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, scored)
-        return {key: row for part in parts for key, row in part.items()}
-
-    @staticmethod
-    def summary(scored):
-        """Accuracy and loss over the labelled utterances, None without any."""
-        rows = [row for row in scored.values() if row[1] >= 0]
-        if not rows:
-            return {"accuracy": None, "loss": None}
-        return {
-            "accuracy": sum(guess == target for guess, target, _ in rows)
-            / len(rows),
-            "loss": sum(loss for _, _, loss in rows) / len(rows),
-        }
 
     def load_average(self, count):
         """Loads the mean of the best checkpoints' weights."""
@@ -263,7 +243,7 @@ def main(arguments: list[str]) -> None:
         "skipped_steps": brain.skipped_steps,
         "seconds": round(brain.run_state.seconds, 1),
     }
-    prepare.write_submission(corpus, brain.scored, output / "submission.csv")
+    prepare.write_submission(corpus, brain.scores, output / "submission.csv")
     save_atomically(json.dumps(results, indent=1), output / "results.json")
     test = results["test"]["accuracy"]
     print(
