@@ -14,10 +14,11 @@ def test_rate_scale_and_gradient(p, dtype):
     y = Dropout(p)(x)
     y.sum().backward()
     zeros = (y == 0).float()
-    assert zeros.mean().item() == pytest.approx(p, abs=0.005)
+    rounded = round(p * 256) / 256
+    assert zeros.mean().item() == pytest.approx(rounded, abs=0.003)
     kept = y[y != 0].float().unique()
     assert len(kept) == 1
-    assert kept.item() == pytest.approx(1 / (1 - p), rel=5e-3)
+    assert kept.item() == pytest.approx(1 / (1 - rounded), rel=4e-3)
     assert torch.equal(x.grad, y)
     # Neighbours, in both directions, are independent.
     for pair in (

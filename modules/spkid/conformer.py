@@ -17,6 +17,7 @@ from torch import nn
 
 from spkid.dropout import Dropout
 from spkid.lengths import valid_mask
+from spkid.linear import Linear
 from spkid.norm import MaskedBatchNorm
 
 POSITIONS = ("none", "rope", "relative")
@@ -24,6 +25,8 @@ CONV_NORMS = ("layer", "batch")
 # Queries are attended to in blocks of this many frames where a bias of
 # frames x frames (relative positions, windows) would otherwise be built.
 QUERY_BLOCK = 512
+# In bfloat16 on a CPU, training crops up to this don't use the fused kernel.
+SHORT_FRAMES = 256
 
 
 class FeedForwardModule(nn.Module):
@@ -47,8 +50,8 @@ class FeedForwardModule(nn.Module):
     def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
-        self.expand = nn.Linear(d_model, d_ff)
-        self.project = nn.Linear(d_ff, d_model)
+        self.expand = Linear(d_model, d_ff)
+        self.project = Linear(d_ff, d_model)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -215,11 +218,11 @@ class SelfAttentionModule(nn.Module):
         self.position, self.window = position, window
         self.attention_dropout = attention_dropout
         self.norm = nn.LayerNorm(d_model)
-        self.query_key_value = nn.Linear(d_model, 3 * d_model)
-        self.project = nn.Linear(d_model, d_model)
+        self.query_key_value = Linear(d_model, 3 * d_model)
+        self.project = Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
         if position == "relative":
-            self.distance = nn.Linear(d_model, d_model, bias=False)
+            self.distance = Linear(d_model, d_model, bias=False)
             # Transformer-XL's u and v.
             self.content_bias = nn.Parameter(
                 torch.zeros(n_heads, 1, self.head_size)
@@ -270,9 +273,26 @@ class SelfAttentionModule(nn.Module):
 
     def _attend(self, query, key, value, mask):
         dropout = self.attention_dropout if self.training else 0.0
+        if (
+            self.training
+            and query.is_cpu
+            and query.dtype == torch.bfloat16
+            and key.shape[2] <= SHORT_FRAMES
+        ):
+            return self._attend_in_full(query, key, value, mask, dropout)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout
         )
+
+    def _attend_in_full(self, query, key, value, mask, dropout):
+        """The same in plain products: on short crops in bfloat16, the fused
+        CPU kernel's backward pass takes several times as long."""
+        scores = (query * self.head_size**-0.5) @ key.transpose(-1, -2)
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, -math.inf)
+        elif mask is not None:
+            scores = scores + mask
+        return F.dropout(scores.softmax(dim=-1), dropout) @ value
 
     def _attend_in_blocks(self, query, key, value, mask):
         """Attention with a bias or a band, a block of queries at a time."""
@@ -385,7 +405,7 @@ class ConvolutionModule(nn.Module):
         if norm not in CONV_NORMS:
             raise ValueError(f"norm={norm!r} is none of {CONV_NORMS}.")
         self.norm = nn.LayerNorm(d_model)
-        self.gate = nn.Linear(d_model, 2 * d_model)
+        self.gate = Linear(d_model, 2 * d_model)
         self.depthwise = nn.Conv2d(
             d_model,
             d_model,
@@ -398,7 +418,7 @@ class ConvolutionModule(nn.Module):
             if norm == "batch"
             else nn.LayerNorm(d_model)
         )
-        self.project = nn.Linear(d_model, d_model)
+        self.project = Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
 
     def forward(
@@ -536,7 +556,7 @@ class Subsampling(nn.Module):
                 nn.Conv2d(inputs, channels, 3, stride=2, padding=1)
             )
             inputs, input_size = channels, (input_size + 1) // 2
-        self.project = nn.Linear(channels * input_size, output_size)
+        self.project = Linear(channels * input_size, output_size)
 
     def forward(
         self, x: torch.Tensor, lengths: torch.Tensor | None = None
@@ -622,7 +642,7 @@ class ConformerEncoder(nn.Module):
         if subsampling not in (1, 2, 4):
             raise ValueError(f"subsampling={subsampling} is none of 1, 2, 4.")
         self.prenet = (
-            nn.Linear(input_size, d_model)
+            Linear(input_size, d_model)
             if subsampling == 1
             else Subsampling(input_size, d_model, subsampling)
         )

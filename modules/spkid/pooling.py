@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from spkid.lengths import valid_mask
+from spkid.linear import Linear
 
 VARIANCE_FLOOR = 1e-5
 
@@ -175,7 +176,7 @@ class SelfAttentivePooling(nn.Module):
             )
         # One bias for all frames would cancel in the softmax. A head scores
         # the whole frame: a superset of India et al.'s per-part query.
-        self.score = nn.Linear(input_size, n_heads, bias=False)
+        self.score = Linear(input_size, n_heads, bias=False)
         self.output_size = input_size
 
     def forward(
@@ -214,15 +215,15 @@ class AttentiveStatisticsPooling(nn.Module):
         global_context: bool = True,
     ) -> None:
         super().__init__()
-        self.hidden = nn.Linear(input_size, attention_size)
+        self.hidden = Linear(input_size, attention_size)
         # Statistics are the same at each frame, so their share of the hidden
         # layer is computed once an utterance, not once a frame.
         self.context = (
-            nn.Linear(2 * input_size, attention_size, bias=False)
+            Linear(2 * input_size, attention_size, bias=False)
             if global_context
             else None
         )
-        self.score = nn.Linear(attention_size, input_size, bias=False)
+        self.score = Linear(attention_size, input_size, bias=False)
         self.output_size = 2 * input_size
 
     def forward(
