@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import speechbrain as sb
@@ -186,6 +187,10 @@ def choose_weights(brain, valid_loader):
 def main(arguments: list[str]) -> None:
     """Prepares, trains, tests, and says where the results are."""
     hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
+    if "distributed_backend" not in run_opts.overridden_args and (
+        not torch.cuda.is_available()
+    ):
+        run_opts = replace(run_opts, distributed_backend="gloo")
     ddp_init_group(run_opts)
     # Every process reads the data; the first one writes what is missing.
     if not if_main_process():
