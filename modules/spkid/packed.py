@@ -277,10 +277,7 @@ class PackedFeatures:
             try:
                 return load_feature_file(data_folder / path, n_mels, length)
             except UserError as error:
-                if on_error is None:
-                    raise
-                on_error(path, error)
-                return None
+                return error
 
         kept, mean, deviation, checksums = [], [], [], []
         items = list(zip(paths, lengths, strict=True))
@@ -301,7 +298,10 @@ class PackedFeatures:
                     for item, mel in zip(
                         chunk, pool.map(read, chunk), strict=True
                     ):
-                        if mel is None:
+                        if isinstance(mel, UserError):
+                            if on_error is None:
+                                raise mel
+                            on_error(item[0], mel)
                             continue
                         packed = mel.astype(dtype)
                         file.write(packed.data)
