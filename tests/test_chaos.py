@@ -1,0 +1,9 @@
+"""The short form of chaos.py."""
+
+import chaos
+
+
+def test_killed_runs_end_in_the_same_bits(tmp_path):
+    result = chaos.chaos(runs=2, seed=1, folder=tmp_path)
+    assert result["kills"] > 0
+    assert result["lost"] == result["different"] == 0
