@@ -78,6 +78,32 @@ def test_bfloat16_autocast_gives_finite_close_embeddings():
 
 
 @pytest.mark.parametrize("position", ["none", "rope", "relative"])
+@pytest.mark.parametrize("conv_norm", ["layer", "batch"])
+def test_a_bfloat16_training_step_is_finite(position, conv_norm):
+    encoder = ConformerEncoder(
+        40,
+        D,
+        2,
+        2,
+        48,
+        dropout=0.1,
+        position=position,
+        conv_norm=conv_norm,
+        subsampling=2,
+        aggregate=True,
+        drop_path=0.2,
+    )
+    pooling = AttentiveStatisticsPooling(encoder.output_size)
+    model, head = SpeakerEmbedding(encoder, pooling), AMSoftmax(4 * D, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        embeddings = model(torch.randn(3, 20, 40), torch.tensor([1, 0.5, 0.1]))
+        loss = -head(embeddings, torch.tensor([[0], [1], [2]])).mean()
+    loss.backward()
+    for parameter in (*model.parameters(), *head.parameters()):
+        assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("position", ["none", "rope", "relative"])
 @pytest.mark.parametrize("subsampling", [1, 2])
 def test_exported_program_gives_the_same_for_any_shape(position, subsampling):
     torch.manual_seed(0)

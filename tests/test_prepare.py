@@ -271,6 +271,9 @@ def test_a_speaker_with_one_utterance_is_trained_on(tmp_path):
     train, valid = prepare.split_random(corpus.labelled, 0.5, seed=0)
     assert len(train) == 4
     assert not valid
+    options = {"split": "random", "valid_fraction": 0.5, "seed": 0}
+    with pytest.raises(UserError, match="nothing can be held out"):
+        prepare.write_manifests(corpus, "", tmp_path / "m", **options)
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,7 @@ def start_and_stop(arguments, output, number):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -171,7 +172,7 @@ def start_and_stop(arguments, output, number):
         ]
         log = read_if_there(output / "train_log.txt")
         if metas and "epoch: 1," in log:
-            process.send_signal(number)
+            os.killpg(process.pid, number)  # as a terminal and Slurm do
             break
         time.sleep(0.002)
     text, _ = process.communicate(timeout=120)
@@ -186,14 +187,20 @@ def read_if_there(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)]
+    ("name", "code", "workers"),
+    [("SIGINT", 130, 0), ("SIGTERM", 143, 2), ("SIGKILL", -9, 0)],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    data, finished, tmp_path, name, code
+    data, finished, tmp_path, name, code, workers
 ):
     output = tmp_path / "out"
-    arguments = command(data, output, "--ckpt_interval_steps=1")
-    arguments.append("--ckpt_interval_minutes=0")
+    arguments = command(
+        data,
+        output,
+        "--ckpt_interval_steps=1",
+        "--ckpt_interval_minutes=0",
+        f"--num_workers={workers}",
+    )
     returned, text = start_and_stop(arguments, output, getattr(signal, name))
     assert returned == code, text
     assert not (output / "results.json").exists()
@@ -247,6 +254,15 @@ def test_the_large_system_runs_a_few_batches(data, tmp_path):
     done = run(command(data, tmp_path / "out", *more, "--debug", system=system))
     assert done.returncode == 0, done.stderr
     assert "debug run has passed" in done.stdout
+
+
+def test_without_test_utterances_there_still_is_a_run(tmp_path):
+    data = make_corpus(tmp_path / "data", n_test=0, labels=False)
+    arguments = command(data, tmp_path / "out")
+    done = run([a.replace("epochs=4", "epochs=1") for a in arguments])
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["test"]["accuracy"] is None
 
 
 def edit(path, change):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 
 import speechbrain as sb
@@ -105,6 +106,14 @@ def make_datasets(
     }
 
 
+def _ignore_signals(_worker):
+    """Signals to the whole process group are for the main process, which
+    saves a checkpoint first; workers end with it."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def make_loaders(
     hparams: dict, datasets: dict[str, DynamicItemDataset]
 ) -> dict[str, SaveableDataLoader]:
@@ -151,6 +160,7 @@ def make_loaders(
             dataset,
             batch_sampler=batches,
             num_workers=hparams["num_workers"],
+            worker_init_fn=_ignore_signals,
             # Else starting an epoch would draw from the dropout's generator.
             generator=torch.Generator(),
         )

@@ -369,6 +369,11 @@ def write_manifests(
     if done.exists() and read_json(done) == choices:
         return
     train, valid = SPLITS[split](corpus.labelled, valid_fraction, seed)
+    if not valid:
+        raise UserError(
+            f"{corpus.folder / 'metadata.json'}: no speaker has two "
+            "utterances, so nothing can be held out for validation; add some."
+        )
     parts = {"train": train, "valid": valid, "test": corpus.test}
     for name, part in parts.items():
         text = json.dumps(manifest(part), indent=1)

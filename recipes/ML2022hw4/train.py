@@ -160,9 +160,11 @@ def make_brain(hparams, run_opts, corpus, pack):
             "\n".join(corpus.speakers),
             Path(hparams["output_folder"]) / "speakers.txt",
         )
+    folder = Path(hparams["manifest_folder"])
     manifests = {
-        name: load_data_json(Path(hparams["manifest_folder"]) / f"{name}.json")
+        name: load_data_json(folder / f"{name}.json")
         for name in ("train", "valid", "test")
+        if name != "test" or corpus.test
     }
     datasets = make_datasets(hparams, manifests, pack, encoder)
     loaders = make_loaders(hparams, datasets)
@@ -217,7 +219,7 @@ def main(arguments: list[str]) -> None:
             f"{len(corpus.speakers)} speakers, "
             f"{len(loaders['train'].dataset)} training, "
             f"{len(loaders['valid'].dataset)} validation and "
-            f"{len(loaders['test'].dataset)} test utterances from "
+            f"{len(corpus.test)} test utterances from "
             f"{corpus.folder}\nResults go to {output}",
             flush=True,
         )
@@ -226,7 +228,9 @@ def main(arguments: list[str]) -> None:
         torch.manual_seed(hparams["seed"] + torch.distributed.get_rank())
     brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
     averaged, results = choose_weights(brain, loaders["valid"])
-    brain.evaluate(loaders["test"])
+    brain.scores, brain.result = {}, summarize({})
+    if "test" in loaders:
+        brain.evaluate(loaders["test"])
     results["test"] = brain.result
     if brain.debug:
         print("The debug run has passed; it leaves no results.")
