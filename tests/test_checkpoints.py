@@ -106,6 +106,19 @@ def test_only_what_is_not_worth_keeping_is_deleted(tmp_path, layer):
     assert len(list((tmp_path / "save").iterdir())) == 2
 
 
+def test_the_best_ones_are_averaged(tmp_path, layer):
+    checkpointer = make(tmp_path, layer)
+    for value, accuracy in ((1.0, 0.3), (2.0, 0.9), (4.0, 0.8)):
+        set_to(layer, value)
+        checkpointer.save_checkpoint(meta={"accuracy": accuracy})
+    checkpointer.load_average(2, "accuracy", ("layer",))
+    assert (layer.weight == 3.0).all()
+    checkpointer.load_average(1, "accuracy", ("layer",))
+    assert (layer.weight == 2.0).all()
+    with pytest.raises(UserError, match="no checkpoint to test"):
+        checkpointer.load_average(1, "other", ("layer",))
+
+
 def draw():
     return torch.rand(3), np.random.rand(3), random.random()
 

@@ -14,6 +14,7 @@ import torch
 from speechbrain.utils.checkpoints import (
     Checkpoint,
     Checkpointer,
+    average_checkpoints,
     mark_as_loader,
     mark_as_saver,
     register_checkpoint_hooks,
@@ -178,6 +179,37 @@ class AtomicCheckpointer(Checkpointer):
                     str(error).splitlines()[0] if str(error) else "",
                     aside.name,
                 )
+
+    def load_average(
+        self, count: int, max_key: str, names: tuple[str, ...]
+    ) -> None:
+        """Loads the mean of the best checkpoints' weights.
+
+        Arguments
+        ---------
+        count : int
+            So many of the best, or as many as there are.
+        max_key : str
+            The metric in their meta by which they rank.
+        names : tuple of str
+            The recoverables to load; the others stay as they are.
+
+        Raises
+        ------
+        UserError
+            If there is no checkpoint.
+        """
+        found = self.find_checkpoints(
+            max_key=max_key, max_num_checkpoints=count
+        )
+        if not found:
+            raise UserError(
+                f"{self.checkpoints_dir}: there is no checkpoint to test; "
+                "train first, or name the run's --output_folder."
+            )
+        for name in names:
+            weights = average_checkpoints(found, name)
+            self.recoverables[name].load_state_dict(weights)
 
 
 class RunState:

@@ -17,14 +17,13 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from speechbrain.dataio.dataio import load_data_json
-from speechbrain.utils.checkpoints import average_checkpoints
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 import prepare
 from spkid.brain import RobustBrain
 from spkid.checkpoints import RunState, save_atomically
 from spkid.dataio import label_encoder, make_datasets, make_loaders
-from spkid.errors import UserError, run_command
+from spkid.errors import run_command
 from spkid.hparams import load_hparams
 from spkid.lengths import absolute_lengths
 from spkid.scoring import gather_scores, score_batch, summarize
@@ -112,20 +111,6 @@ class SpeakerBrain(RobustBrain):
             num_to_keep=self.hparams.average_checkpoints,
         )
 
-    def load_average(self, count):
-        """Loads the mean of the best checkpoints' weights."""
-        found = self.checkpointer.find_checkpoints(
-            max_key="accuracy", max_num_checkpoints=count
-        )
-        if not found:
-            raise UserError(
-                f"{self.checkpointer.checkpoints_dir}: there is no checkpoint "
-                "to test; train first, or name the run's --output_folder."
-            )
-        for name in WEIGHTS:
-            weights = average_checkpoints(found, name)
-            getattr(self.hparams, name).load_state_dict(weights)
-
     def on_evaluate_start(self, max_key=None, min_key=None):
         """Scores with the weights at hand, not those of a checkpoint."""
 
@@ -177,12 +162,12 @@ def choose_weights(brain, valid_loader):
     """The averaged or the single best checkpoint: validation decides."""
     best = None
     for count in sorted({1, brain.hparams.average_checkpoints}):
-        brain.load_average(count)
+        brain.checkpointer.load_average(count, "accuracy", WEIGHTS)
         brain.evaluate(valid_loader)
         accuracy = brain.result["accuracy"]
         if best is None or accuracy >= best[1]["valid"]["accuracy"]:
             best = count, {"valid": brain.result}
-    brain.load_average(best[0])
+    brain.checkpointer.load_average(best[0], "accuracy", WEIGHTS)
     return best
 
 
