@@ -106,6 +106,38 @@ def test_persistent_nan_ends_the_run_with_advice():
         fit(brain, [float("nan")] * 9)
 
 
+def test_a_skipped_step_leaves_no_trace_in_batch_statistics():
+    class Normalised(Line):
+        def compute_forward(self, batch, stage):
+            return self.modules.line(batch.reshape(-1, 1))
+
+    values = [[1.0, 2.0], [float("nan"), 1.0], [3.0, 5.0]]
+
+    def statistics(rows):
+        model = torch.nn.Sequential(
+            torch.nn.BatchNorm1d(1), torch.nn.Linear(1, 1)
+        )
+        brain = Normalised(
+            {"line": model},
+            lambda p: torch.optim.SGD(p, 0.0),
+            run_opts={"device": "cpu"},
+        )
+        brain.fit(range(1), loader(rows), progressbar=False)
+        return torch.cat(list(model[0].buffers())[:2])
+
+    assert torch.equal(statistics(values), statistics(values[::2]))
+
+
+def test_a_group_with_a_bad_batch_is_no_step_and_patience_counts_it():
+    nan = float("nan")
+    brain = make(grad_accumulation_factor=2, max_grad_norm=0.0)
+    assert fit(brain, [1, nan, 3, 5, nan, 2]) == [-4.0]
+    assert brain.skipped_steps == 2
+    brain = make(grad_accumulation_factor=2, nonfinite_patience=2)
+    with pytest.raises(UserError, match="3 steps in a row"):
+        fit(brain, [nan] * 40)
+
+
 def test_scattered_nan_does_not_end_it():
     brain = make(nonfinite_patience=2, max_grad_norm=0.0)
     nan = float("nan")

@@ -48,7 +48,7 @@ def test_a_wrong_override_is_named(file, overrides, words):
         ("a: !new:torch.nn.Linear\n    in_feature: 2", "in_feature"),
         ("a: !new:torch.nn.Liner", "Liner"),
         ("a: !new:no_such_module.Thing", "no_such_module"),
-        ("a: !ref <b>", "b"),
+        ("a: !ref <bee>", "bee"),
         ("a: [", "not valid YAML"),
     ],
 )

@@ -34,6 +34,9 @@ close(ours.running_var, plain.running_var)
 grad = ours.weight.grad
 torch.distributed.all_reduce(grad)
 close(grad, plain.weight.grad)
+half = ours(part.detach().bfloat16())
+assert half.dtype == torch.bfloat16 and half.isfinite().all()
+plain.load_state_dict(ours.state_dict())
 close(ours.eval()(x), plain.eval()(x))
 torch.distributed.destroy_process_group()
 """

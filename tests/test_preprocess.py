@@ -56,6 +56,17 @@ def test_a_channels_shift_is_normalised_away_in_a_crop_too():
     assert channel.calls == 1
 
 
+def test_a_channels_stretch_is_normalised_away_too():
+    class Halve(torch.nn.Module):
+        def forward(self, x, lengths):
+            return x / 2
+
+    x = torch.randn(2, 50, 40)
+    statistics, norm = utterance_statistics(x), UtteranceNorm("mean_std")
+    augmented = Preprocess(norm, Halve())(x, None, statistics)
+    assert torch.allclose(augmented, norm(x), atol=1e-3)
+
+
 def test_evaluation_only_normalises():
     x, norm = torch.randn(2, 50, 40), UtteranceNorm("mean")
     preprocess = Preprocess(norm, Shift(5.0, True), Shift(7.0, False))

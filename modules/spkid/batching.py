@@ -7,11 +7,12 @@ draws the same crops and batches.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from spkid.errors import UserError
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -124,7 +125,7 @@ class ShuffledBatches(Sampler):
     >>> batches = ShuffledBatches(5, batch_size=2, seed=0)
     >>> batches.set_epoch(1)
     >>> sorted(i for batch in batches for i in batch), len(batches)
-    ([0, 1, 2, 3, 4], 3)
+    ([0, 1, 2, 3, 4], 2)
     """
 
     def __init__(
@@ -135,9 +136,12 @@ class ShuffledBatches(Sampler):
         rank: int = 0,
         n_ranks: int = 1,
     ) -> None:
-        if batch_size < n_ranks:
-            raise ValueError(
-                f"batch_size={batch_size} is less than the {n_ranks} ranks."
+        # Batch statistics of a single utterance don't exist.
+        self.least = max(2, n_ranks)
+        if batch_size < self.least:
+            raise UserError(
+                f"batch_size={batch_size} is less than {self.least}: a batch "
+                "needs two utterances, and one for each process."
             )
         self.n_items, self.batch_size, self.seed = n_items, batch_size, seed
         self.rank, self.n_ranks, self.epoch = rank, n_ranks, 0
@@ -148,17 +152,20 @@ class ShuffledBatches(Sampler):
 
     def __len__(self) -> int:
         """Number of batches."""
-        return math.ceil(self.n_items / self.batch_size)
+        full, rest = divmod(self.n_items, self.batch_size)
+        return full + 1 if rest >= self.least or not full else full
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yields this rank's indices of each batch."""
         draw = hash_uniform(self.seed, self.epoch, np.arange(self.n_items))
         order = np.argsort(draw, kind="stable")
-        for begin in range(0, self.n_items, self.batch_size):
-            batch = order[begin : begin + self.batch_size]
-            if len(batch) < self.n_ranks:
-                # Each rank needs an item: repeat some of the last few.
-                batch = np.resize(batch, self.n_ranks)
+        for number in range(1, len(self) + 1):
+            begin = (number - 1) * self.batch_size
+            # Too small a rest joins the last batch.
+            end = None if number == len(self) else number * self.batch_size
+            batch = order[begin:end]
+            if len(batch) < self.least:  # the whole set is as small
+                batch = np.resize(batch, self.least)
             yield batch[self.rank :: self.n_ranks].tolist()
 
 

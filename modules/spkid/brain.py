@@ -1,7 +1,7 @@
 """SpeechBrain's training loop, less its traps.
 
 Each override says which fault of SpeechBrain 1.1 it works around; a test in
-``tests/test_upstream.py`` tells when upstream no longer has it.
+``tests/test_brain.py`` tells when upstream no longer has it.
 """
 
 from __future__ import annotations
@@ -9,10 +9,17 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from pathlib import Path
 
 import speechbrain as sb
 import torch
+import yaml
 from speechbrain.core import INTRA_EPOCH_CKPT_FLAG
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
 from speechbrain.utils.distributed import if_main_process
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +30,7 @@ logger = logging.getLogger(__name__)
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is Slurm's
 
 
+@register_checkpoint_hooks
 class RobustBrain(sb.Brain):
     """A Brain whose runs can be stopped, resumed and trusted.
 
@@ -55,6 +63,7 @@ class RobustBrain(sb.Brain):
         self.batches_per_epoch = None
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
+        self._group_is_bad = False
         self._signal = None
 
     # --- gradient accumulation, non-finite values, clipping ---------------
@@ -63,24 +72,31 @@ class RobustBrain(sb.Brain):
         """One batch. SpeechBrain drops the batches after the last whole
         group of ``grad_accumulation_factor``, and back-propagates NaN."""
         factor, total = self.grad_accumulation_factor, self.batches_per_epoch
-        last = self.step == total
-        should_step = self.step % factor == 0 or last
+        should_step = self._at_boundary()
         rest = (total or 0) % factor
         if rest and self.step > total - rest:
             factor = rest  # the last group of an epoch is smaller
         self.on_fit_batch_start(batch, should_step)
+        buffers = [buffer.clone() for buffer in self.modules.buffers()]
         with self.no_sync(not should_step):
             with self.training_ctx:
                 outputs = self.compute_forward(batch, sb.Stage.TRAIN)
                 loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
             if self._agree(bool(torch.isfinite(loss))):
                 self.scaler.scale(loss / factor).backward()
-                finite = True
             else:
-                finite = False
+                # Batch statistics have seen what isn't finite, too.
+                for buffer, before in zip(
+                    self.modules.buffers(), buffers, strict=True
+                ):
+                    buffer.copy_(before)
+                self._group_is_bad = True
                 self._count_skipped("loss")
-        if should_step and (finite or factor > 1):
+        if should_step and self._group_is_bad:
+            self.zero_grad(set_to_none=True)
+        elif should_step:
             self.optimizers_step()
+        self._group_is_bad &= not should_step
         self.on_fit_batch_end(batch, outputs, loss, should_step)
         return loss.detach().cpu()
 
@@ -92,16 +108,22 @@ class RobustBrain(sb.Brain):
             self.scaler.unscale_(optimizer)
         limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.modules.parameters(), limit)
-        # A scaler skips such steps itself, to find its scale.
-        if self.scaler.is_enabled() or self._agree(bool(torch.isfinite(norm))):
-            for optimizer in self.optimizers_dict.values():
-                self.scaler.step(optimizer)
-            self.scaler.update()
+        if self._agree(bool(torch.isfinite(norm))):
             self._skipped_in_a_row = 0
         else:
             self._count_skipped("gradient")
+        # A scaler skips such steps itself, and lowers its scale.
+        if self._skipped_in_a_row == 0 or self.scaler.is_enabled():
+            for optimizer in self.optimizers_dict.values():
+                self.scaler.step(optimizer)
+            self.scaler.update()
         self.zero_grad(set_to_none=True)
         self.optimizer_step += 1
+
+    def _at_boundary(self):
+        """True after the last batch of a group, where gradients are used."""
+        epoch_done = self.step == self.batches_per_epoch
+        return epoch_done or self.step % self.grad_accumulation_factor == 0
 
     def _agree(self, fine):
         """True if it is fine on every rank."""
@@ -125,6 +147,18 @@ class RobustBrain(sb.Brain):
             )
 
     # --- stopping and resuming --------------------------------------------
+
+    @mark_as_saver
+    def _save(self, path):
+        super()._save(path)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"skipped_steps: {self.skipped_steps}\n")
+
+    @mark_as_loader
+    def _recover(self, path, end_of_epoch):
+        super()._recover(path, end_of_epoch)
+        state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        self.skipped_steps = state["skipped_steps"]
 
     def fit(self, epoch_counter, train_set, *args, **kwargs):
         """As ``speechbrain.Brain.fit``; signals end it with a checkpoint."""
@@ -160,9 +194,9 @@ class RobustBrain(sb.Brain):
     def _should_save_intra_epoch_ckpt(self, *args):
         epoch_done = self.step == self.batches_per_epoch
         stop = not self._agree(self._signal is None)
-        return (
-            epoch_done or stop or super()._should_save_intra_epoch_ckpt(*args)
-        )
+        due = stop or super()._should_save_intra_epoch_ckpt(*args)
+        # Within a group there are gradients that no checkpoint holds.
+        return epoch_done or (due and self._at_boundary())
 
     def _save_intra_epoch_ckpt(self):
         if self.checkpointer is not None:
@@ -203,13 +237,14 @@ class RobustBrain(sb.Brain):
             So many of the best stay, beside the newest.
         """
         saved = self.checkpointer.save_checkpoint(meta=meta)
-        self._forget_intra_epoch(saved)
-        self.checkpointer.delete_checkpoints(
-            num_to_keep=num_to_keep,
-            max_keys=[max_key],
-            importance_keys=[],
-            ckpt_predicate=lambda c: saved is None or c.path != saved.path,
-        )
+        if self._agree(saved is not None or not if_main_process()):
+            self._forget_intra_epoch(saved)
+            self.checkpointer.delete_checkpoints(
+                num_to_keep=num_to_keep,
+                max_keys=[max_key],
+                importance_keys=[],
+                ckpt_predicate=lambda c: saved is None or c.path != saved.path,
+            )
         self._stop_if_asked()
 
     def _fit_valid(self, valid_set, epoch, enable):

@@ -161,7 +161,7 @@ class SelfAttentionModule(nn.Module):
     All variants end in ``scaled_dot_product_attention``; attention maps are
     never returned. No table of frames x frames x features is ever built, and
     the frames x frames bias of relative positions only for a block of
-    queries, so memory grows linearly with the number of frames.
+    queries, so in inference memory grows linearly with the frames.
 
     Arguments
     ---------

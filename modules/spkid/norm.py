@@ -25,6 +25,7 @@ class BatchNorm(nn.BatchNorm1d):
         alone = not torch.distributed.is_initialized()
         if alone or not (self.training and x.is_cpu):
             return super().forward(x)
+        dtype, x = x.dtype, x.float()  # as torch's in autocast
         total = all_reduce(torch.tensor(float(len(x))))
         mean = all_reduce(x.sum(dim=0)) / total
         variance = all_reduce((x - mean).square().sum(dim=0)) / total
@@ -35,7 +36,7 @@ class BatchNorm(nn.BatchNorm1d):
             self.running_var.lerp_(unbiased, self.momentum)
             self.num_batches_tracked.add_(1)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (x - mean) * scale + self.bias
+        return ((x - mean) * scale + self.bias).to(dtype)
 
 
 class MaskedBatchNorm(nn.Module):

@@ -146,11 +146,13 @@ class Preprocess(nn.Module):
         if self.training and self.channel is not None:
             clean, x = x, self.channel(x, lengths)
             if statistics is not None:
-                # What the crop has gained, the whole utterance would have.
-                statistics = statistics + (
-                    utterance_statistics(x, lengths)
-                    - utterance_statistics(clean, lengths)
-                )
+                # What the crop's mean has gained and its deviation has been
+                # stretched by, the whole utterance's would have been, too.
+                old = utterance_statistics(clean, lengths)
+                new = utterance_statistics(x, lengths)
+                ratio = (new[:, 1] + 1e-5) / (old[:, 1] + 1e-5)
+                mean = statistics[:, 0] + new[:, 0] - old[:, 0]
+                statistics = torch.stack((mean, statistics[:, 1] * ratio), 1)
         x = self.normalize(x, lengths, statistics)
         if self.training and self.masking is not None:
             x = self.masking(x, lengths)
