@@ -82,7 +82,28 @@ def test_an_unreadable_checkpoint_is_set_aside(tmp_path, layer, caplog):
     assert (layer.weight == 1.0).all()
     assert loaded.path != newer.path
     assert "set aside" in caplog.text
+    assert "layer.ckpt is damaged" in caplog.text
     assert list((tmp_path / "save").glob("unreadable+*"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "a bit"])
+def test_each_kind_of_damage_is_found(tmp_path, layer, damage):
+    saved = make(tmp_path, layer).save_checkpoint()
+    assert checkpoints.damaged_file(saved.path) is None
+    file = saved.paramfiles["layer"]
+    content = bytearray(file.read_bytes())
+    weights = layer.weight.detach().numpy().tobytes()
+    content[content.index(weights)] ^= 1
+    pieces = {"cut": content[:-40], "empty": b"", "a bit": content}
+    file.write_bytes(pieces[damage])
+    assert checkpoints.damaged_file(saved.path) == file
+
+
+def test_a_checkpoint_of_another_model_is_an_error_not_damage(tmp_path, layer):
+    make(tmp_path, layer).save_checkpoint()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make(tmp_path, torch.nn.Linear(3, 3)).recover_if_possible()
+    assert not list((tmp_path / "save").glob("unreadable*"))
 
 
 def test_leftovers_of_a_death_are_swept_and_never_loaded(tmp_path, layer):

@@ -67,6 +67,9 @@ def test_is_reused_until_a_file_changes(files, tmp_path, monkeypatch):
     torch.save(torch.zeros(5, 40), files[0] / "0.pt")
     pack = build(files, tmp_path)
     assert len(reads) == 7
+    files[1]["1.pt"] = files[1]["1.pt"][:-1]  # mel_len says otherwise now
+    with pytest.raises(UserError, match="'mel_len' in the JSON says 5"):
+        build(files, tmp_path)
     assert (pack.frames(0) == 0).all()
 
 

@@ -254,15 +254,16 @@ def test_the_split_is_stratified_seeded_and_kept(data, tmp_path):
 
     folder = tmp_path / "manifests"
     options = {"split": "random", "valid_fraction": 0.25, "seed": 3}
-    prepare.write_manifests(corpus, "stamp", folder, **options)
+    prepare.write_manifests(corpus, folder, **options)
     held = json.loads((folder / "valid.json").read_text())
     assert list(held) == [u.path for u in valid]
     tests = json.loads((folder / "test.json").read_text())
     assert list(tests) == [u.path for u in corpus.test]
     (folder / "valid.json").write_text("kept")
-    prepare.write_manifests(corpus, "stamp", folder, **options)
+    prepare.write_manifests(corpus, folder, **options)
     assert (folder / "valid.json").read_text() == "kept"
-    prepare.write_manifests(corpus, "other files", folder, **options)
+    corpus.labelled[0].length += 1  # other data
+    prepare.write_manifests(corpus, folder, **options)
     assert (folder / "valid.json").read_text() != "kept"
 
 
@@ -273,7 +274,7 @@ def test_a_speaker_with_one_utterance_is_trained_on(tmp_path):
     assert not valid
     options = {"split": "random", "valid_fraction": 0.5, "seed": 0}
     with pytest.raises(UserError, match="nothing can be held out"):
-        prepare.write_manifests(corpus, "", tmp_path / "m", **options)
+        prepare.write_manifests(corpus, tmp_path / "m", **options)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ def test_impossible_choices_are_refused(data, tmp_path, options, words):
     corpus = prepare.read_corpus(data)
     given = {"split": "random", "valid_fraction": 0.1, "seed": 0, **options}
     with pytest.raises(UserError, match=words):
-        prepare.write_manifests(corpus, "", tmp_path, **given)
+        prepare.write_manifests(corpus, tmp_path, **given)
 
 
 def test_the_submission_keeps_odd_names_whole(data, tmp_path):

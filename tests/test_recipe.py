@@ -341,10 +341,39 @@ def test_a_mistake_costs_one_sentence(name, tmp_path):
     assert not list(tmp_path.glob("out/save/CKPT*")), "training had begun"
 
 
-def test_another_run_cannot_be_gone_on_with(data, finished):
-    done = run(command(data, finished[0], "--seed=7"))
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--seed=7", "begun with seed=1986, not 7"),
+        ("--valid_fraction=0.5", "begun with valid_fraction=0.1, not 0.5"),
+        ("--kernel_size=7", "begun with parameters="),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--test_only"]])
+def test_another_run_cannot_be_gone_on_with(
+    data, finished, option, words, more
+):
+    def contents():
+        return {
+            path: path.read_bytes()
+            for path in sorted(finished[0].rglob("*"))
+            if path.is_file() and "packs" not in path.parts
+        }
+
+    before = contents()
+    done = run(command(data, finished[0], option, *more))
     assert done.returncode == 1
-    assert "begun with seed=1986, not 7" in done.stderr
+    assert words in done.stderr
+    assert contents() == before, "nothing of the run is touched"
+
+
+def test_test_only_repeats_the_results(data, finished):
+    before = json.loads((finished[0] / "results.json").read_text())
+    done = run(command(data, finished[0], "--test_only"))
+    assert done.returncode == 0, done.stderr
+    after = json.loads((finished[0] / "results.json").read_text())
+    assert after["test"] == before["test"]
+    assert after["epochs"] == 4
 
 
 def test_test_only_without_a_checkpoint_is_refused(data, tmp_path):

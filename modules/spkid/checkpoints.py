@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,66 @@ def flush_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def damaged_file(folder: Path) -> Path | None:
+    """The first file of a checkpoint that is empty or fails its checksums.
+
+    Arguments
+    ---------
+    folder : pathlib.Path
+        The checkpoint.
+
+    Returns
+    -------
+    pathlib.Path, optional
+        None if all is well.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> torch.save(torch.zeros(1000), folder / "a.ckpt")
+    >>> damaged_file(folder)
+    >>> _ = (folder / "a.ckpt").write_bytes(b"PK cut off")
+    >>> damaged_file(folder).name
+    'a.ckpt'
+    """
+    for path in sorted(Path(folder).iterdir()):
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if not start:
+            return path
+        if start == b"PK":  # what torch.save writes; the rest is text
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip() is not None:
+                        return path
+            except zipfile.BadZipFile:
+                return path
+    return None
+
+
+def check_identity(path: Path, theirs: dict, ours: dict) -> None:
+    """Raises UserError if a run would go on as another run.
+
+    Arguments
+    ---------
+    path : pathlib.Path
+        Where the earlier run's identity was found.
+    theirs, ours : dict
+        What the run was begun with, and what it would go on with.
+
+    Example
+    -------
+    >>> check_identity(Path("results"), {"seed": 1}, {"seed": 1})
+    """
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            raise UserError(
+                f"{path}: this run was begun with {key}={theirs.get(key)}, "
+                f"not {value}; go on with {theirs.get(key)}, or give another "
+                "--output_folder to begin anew."
+            )
 
 
 class AtomicCheckpointer(Checkpointer):
@@ -161,24 +222,21 @@ class AtomicCheckpointer(Checkpointer):
             chosen = self.find_checkpoint(*args, **kwargs)
             if chosen is None:
                 return None
-            try:
+            damaged = damaged_file(chosen.path)
+            ddp_barrier()  # nobody renames what another one still reads
+            if damaged is None:
                 self.load_checkpoint(chosen)
                 return chosen
-            except UserError:
-                raise
-            except Exception as error:
-                aside = chosen.path.with_name(UNREADABLE + chosen.path.name)
-                if if_main_process():
-                    os.replace(chosen.path, aside)
-                ddp_barrier()
-                logger.warning(
-                    "%s cannot be loaded (%s: %s); it is set aside as %s and "
-                    "the checkpoint before it is used.",
-                    chosen.path,
-                    type(error).__name__,
-                    str(error).splitlines()[0] if str(error) else "",
-                    aside.name,
-                )
+            aside = chosen.path.with_name(UNREADABLE + chosen.path.name)
+            if if_main_process():
+                os.replace(chosen.path, aside)
+            ddp_barrier()
+            logger.warning(
+                "%s is damaged; its checkpoint is set aside as %s and the one "
+                "before it is used.",
+                damaged,
+                aside.name,
+            )
 
     def load_average(
         self, count: int, max_key: str, names: tuple[str, ...]
@@ -266,19 +324,12 @@ class RunState:
         """
         del end_of_epoch
         state = torch.load(self._own(path), weights_only=True)
-        for key, ours in self.identity.items():
-            theirs = state["identity"].get(key)
-            if theirs != ours:
-                raise UserError(
-                    f"{Path(path).parent}: this run was begun with "
-                    f"{key}={theirs}, not {ours}; go on with {theirs}, or "
-                    "give another --output_folder to begin anew."
-                )
+        check_identity(Path(path).parent, state["identity"], self.identity)
         self._earlier = state["seconds"]
         self._started = time.monotonic()
         torch.set_rng_state(state["torch"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda"])
+        for device in range(min(torch.cuda.device_count(), len(state["cuda"]))):
+            torch.cuda.set_rng_state(state["cuda"][device], device)
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words), gauss))
         keys, *rest = state["numpy"]

@@ -28,8 +28,10 @@ CHUNK = 256
 STALE_SECONDS = 3600  # a living build writes far more often
 
 
-def file_stamps(folder: Path, paths: Sequence[str]) -> str:
-    """A digest of the files' names, sizes and times of change.
+def file_stamps(
+    folder: Path, paths: Sequence[str], lengths: Sequence[int]
+) -> str:
+    """A digest of the files' names, frames, sizes and times of change.
 
     Arguments
     ---------
@@ -37,6 +39,8 @@ def file_stamps(folder: Path, paths: Sequence[str]) -> str:
         Where the files are.
     paths : sequence of str
         Their paths inside it.
+    lengths : sequence of int
+        The frames that they should have.
 
     Returns
     -------
@@ -45,13 +49,13 @@ def file_stamps(folder: Path, paths: Sequence[str]) -> str:
 
     Example
     -------
-    >>> file_stamps(Path("."), [])
+    >>> file_stamps(Path("."), [], [])
     'cae66941d9efbd404e4d88758ea67670'
     """
     digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
+    for path, length in zip(paths, lengths, strict=True):
         info = os.stat(os.path.join(folder, path))
-        line = f"{path}\0{info.st_size}\0{info.st_mtime_ns}\n"
+        line = f"{path}\0{length}\0{info.st_size}\0{info.st_mtime_ns}\n"
         digest.update(line.encode())
     return digest.hexdigest()
 
@@ -264,7 +268,7 @@ class PackedFeatures:
             For a bad file, or where the disk is full.
         """
         folder, data_folder = Path(folder), Path(data_folder)
-        stamps = file_stamps(data_folder, paths)
+        stamps = file_stamps(data_folder, paths, lengths) + f"-{n_mels}"
         if (folder / INDEX).exists():
             pack = cls(folder)
             if pack.stamps == stamps and pack.dtype == dtype:

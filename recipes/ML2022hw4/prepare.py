@@ -49,6 +49,13 @@ class Corpus:
     test: list[Utterance] = field(default_factory=list)
     has_test_labels: bool = False
 
+    def digest(self) -> str:
+        """32 hexadecimal digits that say which data these are."""
+        content = [self.n_mels, self.speakers]
+        content += [manifest(part) for part in (self.labelled, self.test)]
+        text = json.dumps(content).encode()
+        return hashlib.blake2b(text, digest_size=16).hexdigest()
+
 
 def read_json(path: Path) -> dict:
     """A JSON object without duplicate keys.
@@ -328,7 +335,6 @@ def manifest(utterances: list[Utterance]) -> dict[str, dict]:
 
 def write_manifests(
     corpus: Corpus,
-    stamps: str,
     folder: str | Path,
     split: str,
     valid_fraction: float,
@@ -343,8 +349,6 @@ def write_manifests(
     ---------
     corpus : Corpus
         The data.
-    stamps : str
-        ``PackedFeatures.stamps``: which files these are.
     folder : str or pathlib.Path
         Where to.
     split : str
@@ -360,7 +364,7 @@ def write_manifests(
         raise UserError(f"valid_fraction={valid_fraction} isn't in (0, 1).")
     folder = Path(folder)
     choices = {
-        "files": stamps,
+        "data": corpus.digest(),
         "split": split,
         "valid_fraction": valid_fraction,
         "seed": seed,

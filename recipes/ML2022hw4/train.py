@@ -21,7 +21,7 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 import prepare
 from spkid.brain import RobustBrain
-from spkid.checkpoints import RunState, save_atomically
+from spkid.checkpoints import RunState, check_identity, save_atomically
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import run_command
 from spkid.hparams import load_hparams
@@ -115,21 +115,26 @@ class SpeakerBrain(RobustBrain):
         """Scores with the weights at hand, not those of a checkpoint."""
 
 
-def make_brain(hparams, run_opts, corpus, pack):
+def run_identity(hparams, corpus):
+    """What a run may not change when it goes on."""
+    alone = not torch.distributed.is_initialized()
+    keys = ("seed", "split", "valid_fraction", "batch_size", "segment_frames")
+    return {
+        "data": corpus.digest(),
+        "processes": 1 if alone else torch.distributed.get_world_size(),
+        "parameters": sum(
+            parameter.numel()
+            for module in hparams["modules"].values()
+            for parameter in module.parameters()
+        ),
+        **{key: hparams[key] for key in keys},
+    }
+
+
+def make_brain(hparams, run_opts, corpus, pack, identity):
     """A Brain and its loaders, ready to fit or to evaluate."""
     modules = hparams["modules"]
-    run_state = RunState(
-        {
-            "data": pack.stamps,
-            "seed": hparams["seed"],
-            "processes": torch.distributed.get_world_size()
-            if torch.distributed.is_initialized()
-            else 1,
-            "parameters": sum(
-                p.numel() for m in modules.values() for p in m.parameters()
-            ),
-        }
-    )
+    run_state = RunState(identity)
     hparams["checkpointer"].add_recoverable("run_state", run_state)
     brain = SpeakerBrain(
         modules=modules,
@@ -187,18 +192,25 @@ def main(arguments: list[str]) -> None:
         torch.distributed.barrier()
     hparams = load_hparams(hparams_file, overrides)
     output = Path(hparams["output_folder"])
+    identity = run_identity(hparams, corpus)
+    if (output / "run.json").exists():
+        # Before anything of the earlier run is overwritten.
+        begun = prepare.read_json(output / "run.json")
+        check_identity(output / "run.json", begun, identity)
     sb.create_experiment_directory(
         experiment_directory=str(output),
         hyperparams_to_save=hparams_file,
         overrides=overrides,
     )
     sys.excepthook = sys.__excepthook__
+    if if_main_process():
+        save_atomically(json.dumps(identity, indent=1), output / "run.json")
     sb.utils.distributed.run_on_main(
         prepare.write_manifests,
-        [corpus, pack.stamps, hparams["manifest_folder"]],
+        [corpus, hparams["manifest_folder"]],
         {key: hparams[key] for key in ("split", "valid_fraction", "seed")},
     )
-    brain, loaders = make_brain(hparams, run_opts, corpus, pack)
+    brain, loaders = make_brain(hparams, run_opts, corpus, pack, identity)
     if if_main_process():
         print(
             f"{len(corpus.speakers)} speakers, "
@@ -212,6 +224,8 @@ def main(arguments: list[str]) -> None:
         # Else all ranks would drop the same units.
         torch.manual_seed(hparams["seed"] + torch.distributed.get_rank())
     brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
+    if brain.test_only:
+        brain.checkpointer.recover_if_possible()  # its epochs and seconds
     averaged, results = choose_weights(brain, loaders["valid"])
     brain.scores, brain.result = {}, summarize({})
     if "test" in loaders:
