@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
-import speechbrain as sb
 import torch
 from speechbrain.dataio.dataloader import SaveableDataLoader, make_dataloader
 from speechbrain.dataio.dataset import DynamicItemDataset
@@ -72,30 +71,11 @@ def make_datasets(
     dict
         One for each manifest.
     """
-    counter, seed = hparams["epoch_counter"], hparams["seed"]
-    segment = hparams["segment_frames"]
-
-    @sb.utils.data_pipeline.takes("id")
-    @sb.utils.data_pipeline.provides("feats", "statistics")
-    def whole(name):
-        row = pack.row[name]
-        yield torch.from_numpy(pack.frames(row))
-        yield pack.statistics(row)
-
-    @sb.utils.data_pipeline.takes("id", "length")
-    @sb.utils.data_pipeline.provides("feats", "statistics")
-    def crop(name, length):
-        row, key = pack.row[name], [utterance_key(name)]
-        start = crop_starts(seed, counter.current, key, [length], segment)
-        yield torch.from_numpy(pack.frames(row, int(start[0]), segment))
-        yield pack.statistics(row)
-
-    @sb.utils.data_pipeline.takes("spk_id")
-    @sb.utils.data_pipeline.provides("target")
-    def target(speaker):
-        index = -1 if speaker is None else encoder.encode_label(speaker)
-        return torch.tensor([index])
-
+    reader = _Reader(hparams, pack, encoder)
+    target = {"func": reader.target, "takes": "spk_id", "provides": "target"}
+    features = {"provides": ["feats", "statistics"]}
+    whole = {"func": reader.whole, "takes": "id", **features}
+    crop = {"func": reader.crop, "takes": ["id", "length"], **features}
     return {
         name: DynamicItemDataset(
             manifest,
@@ -104,6 +84,39 @@ def make_datasets(
         )
         for name, manifest in manifests.items()
     }
+
+
+class _Reader:
+    """The dynamic items; a class, so that spawned workers can be sent it."""
+
+    def __init__(self, hparams, pack, encoder):
+        self.pack, self.encoder = pack, encoder
+        self.counter, self.seed = hparams["epoch_counter"], hparams["seed"]
+        self.segment = hparams["segment_frames"]
+
+    def whole(self, name):
+        row = self.pack.row[name]
+        yield torch.from_numpy(self.pack.frames(row))
+        yield self.pack.statistics(row)
+
+    def crop(self, name, length):
+        row = self.pack.row[name]
+        (start,) = crop_starts(
+            self.seed,
+            self.counter.current,
+            [utterance_key(name)],
+            [length],
+            self.segment,
+        )
+        frames = self.pack.frames(row, int(start), self.segment)
+        yield torch.from_numpy(frames)
+        yield self.pack.statistics(row)
+
+    def target(self, speaker):
+        known = speaker is not None
+        return torch.tensor(
+            [self.encoder.encode_label(speaker) if known else -1]
+        )
 
 
 def _ignore_signals(_worker):

@@ -298,7 +298,7 @@ def build(
 
     Besides the HW4 files, the folder gets `testlabels.json` (the speaker of
     each test file) and `sessions.json` (the session of every file), which
-    only scoring may read. All is written into `<folder>.part` first, so that
+    only scoring may read. All is written into a side folder first, so that
     a build that was killed leaves nothing that looks finished.
 
     Arguments
@@ -343,9 +343,10 @@ def build(
             "give the name of a new one."
         )
     Espeak()  # so that a missing library is told before the work begins
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(
+        tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent)
+    )
 
     rng = np.random.default_rng([seed, 0])
     numbers = rng.choice(np.arange(10, 10000), n_speakers, replace=False)
@@ -395,7 +396,10 @@ def build(
         (part / f"{name}.json").write_text(text, encoding="utf-8")
     if folder.exists():
         folder.rmdir()  # empty; Windows does not rename onto a folder
-    part.rename(folder)
+    try:
+        part.rename(folder)
+    except OSError:  # another process has built it meanwhile
+        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

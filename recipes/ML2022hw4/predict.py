@@ -71,6 +71,11 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     hparams = load_run(args.output_folder)
     corpus = prepare.read_corpus(args.data_folder or hparams["data_folder"])
+    if corpus.n_mels != hparams["n_mels"]:
+        raise UserError(
+            f"{corpus.folder / 'metadata.json'}: n_mels is {corpus.n_mels}, "
+            f"but the run was trained with {hparams['n_mels']}."
+        )
     speakers = args.output_folder / "speakers.txt"
     if corpus.speakers != speakers.read_text(encoding="utf-8").splitlines():
         raise UserError(
