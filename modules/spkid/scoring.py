@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+
+from spkid.checkpoints import save_atomically
 
 
 class Score(NamedTuple):
@@ -13,10 +18,15 @@ class Score(NamedTuple):
     guess: int  # class index
     target: int  # class index; -1 where it is unknown
     loss: float  # negative log-posterior of the target
+    confidence: float = float("nan")  # posterior of the guess
+    embedding: np.ndarray | None = None  # float16
 
 
 def score_batch(
-    ids: list[str], log_posteriors: torch.Tensor, targets: torch.Tensor
+    ids: list[str],
+    log_posteriors: torch.Tensor,
+    targets: torch.Tensor,
+    embeddings: torch.Tensor | None = None,
 ) -> dict[str, Score]:
     """Scores of a batch by utterance id.
 
@@ -28,6 +38,8 @@ def score_batch(
         The model's output.
     targets : torch.Tensor [batch]
         Class indices; -1 where they are unknown.
+    embeddings : torch.Tensor [batch, size], optional
+        Kept beside the scores.
 
     Returns
     -------
@@ -41,8 +53,12 @@ def score_batch(
     """
     known = targets.clamp(min=0).unsqueeze(1)
     losses = -log_posteriors.gather(1, known).squeeze(1)
-    guesses = log_posteriors.argmax(dim=1)
-    rows = zip(guesses.tolist(), targets.tolist(), losses.tolist(), strict=True)
+    best, guesses = log_posteriors.max(dim=1)
+    kept = [None] * len(ids)
+    if embeddings is not None:
+        kept = embeddings.detach().half().cpu().numpy()
+    columns = (guesses, targets, losses, best.exp())
+    rows = zip(*(column.tolist() for column in columns), kept, strict=True)
     return {key: Score(*row) for key, row in zip(ids, rows, strict=True)}
 
 
@@ -60,8 +76,8 @@ def gather_scores(scores: dict[str, Score]) -> dict[str, Score]:
 
     Example
     -------
-    >>> gather_scores({"a": Score(0, 0, 0.1)})
-    {'a': Score(guess=0, target=0, loss=0.1)}
+    >>> gather_scores({"a": Score(0, 0, 0.5)})["a"].loss
+    0.5
     """
     if not torch.distributed.is_initialized():
         return scores
@@ -96,3 +112,84 @@ def summarize(scores: dict[str, Score]) -> dict[str, float | None]:
         "accuracy": right / len(known),
         "loss": sum(score.loss for score in known) / len(known),
     }
+
+
+def summarize_parts(
+    scores: dict[str, Score], parts: dict[str, str]
+) -> dict[str, float | None]:
+    """Figures of a validation on new and on known sessions.
+
+    Arguments
+    ---------
+    scores : dict
+        Scores by utterance id.
+    parts : dict
+        What each utterance is: "known" if its session is trained on; anything
+        else counts as new.
+
+    Returns
+    -------
+    dict
+        ``accuracy`` and ``loss`` on what isn't known; where some is known,
+        ``known_accuracy`` and ``known_loss``; and ``gap``, by how much the
+        known flatter, over the speakers that both cover.
+
+    Example
+    -------
+    >>> right, wrong = Score(1, 1, 0.5), Score(0, 1, 1.5)
+    >>> summarize_parts({"a": right, "b": wrong}, {"a": "known", "b": "new"})[
+    ...     "gap"
+    ... ]
+    1.0
+    """
+    known = {key: s for key, s in scores.items() if parts.get(key) == "known"}
+    new = {key: score for key, score in scores.items() if key not in known}
+    result = summarize(new)
+    if not known:
+        return result
+    result |= {f"known_{key}": v for key, v in summarize(known).items()}
+    both = {s.target for s in known.values()} & {s.target for s in new.values()}
+    accuracies = [
+        summarize({k: s for k, s in part.items() if s.target in both})[
+            "accuracy"
+        ]
+        for part in (known, new)
+    ]
+    result["gap"] = accuracies[0] - accuracies[1] if both else None
+    return result
+
+
+def save_evaluation(
+    path: str | Path,
+    scores: dict[str, Score],
+    parts: dict[str, str],
+    frames: dict[str, int],
+) -> None:
+    """Writes what a model said of each utterance, for reports and studies.
+
+    Arguments
+    ---------
+    path : str or pathlib.Path
+        A NumPy .npz file with ``id``, ``part``, ``target``, ``guess``,
+        ``confidence``, ``loss``, ``frames`` and ``embedding``.
+    scores : dict
+        Scores by utterance id.
+    parts : dict
+        What each utterance was evaluated as.
+    frames : dict
+        Length of each utterance.
+    """
+    content = io.BytesIO()
+    values = scores.values()
+    np.savez(
+        content,
+        id=np.array(list(scores), dtype=str),
+        part=np.array([parts[key] for key in scores], dtype=str),
+        frames=np.array([frames[key] for key in scores], dtype=np.int64),
+        target=np.array([score.target for score in values], dtype=np.int64),
+        guess=np.array([score.guess for score in values], dtype=np.int64),
+        loss=np.array([score.loss for score in values], dtype=np.float32),
+        confidence=np.array([s.confidence for s in values], dtype=np.float32),
+        embedding=np.array([score.embedding for score in values]),
+    )
+    save_atomically(content.getvalue(), Path(path))

@@ -16,8 +16,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
 import mini_corpus
 from spkid.checkpoints import save_atomically
 from spkid.errors import UserError, run_command
@@ -247,45 +245,6 @@ def _check_files(corpus):
             )
 
 
-def split_random(
-    utterances: list[Utterance], valid_fraction: float, seed: int
-) -> tuple[list[Utterance], list[Utterance]]:
-    """Holds out utterances at random, the same share of each speaker's.
-
-    Arguments
-    ---------
-    utterances : list of Utterance
-        All labelled ones.
-    valid_fraction : float
-        Share to hold out, in (0, 1); at least one utterance of a speaker
-        with two or more, none of a speaker with one.
-    seed : int
-        Of the draw.
-
-    Returns
-    -------
-    tuple of list
-        Training and validation utterances.
-    """
-    by_speaker = {}
-    for utterance in utterances:
-        by_speaker.setdefault(utterance.speaker, []).append(utterance)
-    generator = np.random.default_rng(seed)
-    held_out = set()
-    for speaker in sorted(by_speaker):
-        own = by_speaker[speaker]
-        count = min(max(1, round(valid_fraction * len(own))), len(own) - 1)
-        held_out.update(
-            own[i].path for i in generator.permutation(len(own))[:count]
-        )
-    train = [u for u in utterances if u.path not in held_out]
-    valid = [u for u in utterances if u.path in held_out]
-    return train, valid
-
-
-SPLITS = {"random": split_random}
-
-
 def pack_corpus(
     corpus: Corpus, pack_folder: str | Path | None = None
 ) -> PackedFeatures:
@@ -331,58 +290,6 @@ def manifest(utterances: list[Utterance]) -> dict[str, dict]:
     return {
         u.path: {"length": u.length, "spk_id": u.speaker} for u in utterances
     }
-
-
-def write_manifests(
-    corpus: Corpus,
-    folder: str | Path,
-    split: str,
-    valid_fraction: float,
-    seed: int,
-) -> None:
-    """Writes train.json, valid.json and test.json in SpeechBrain's form.
-
-    A split that is there already, made of the same files by the same
-    choices, is left as it is.
-
-    Arguments
-    ---------
-    corpus : Corpus
-        The data.
-    folder : str or pathlib.Path
-        Where to.
-    split : str
-        A key of ``SPLITS``.
-    valid_fraction : float
-        Share of the labelled utterances to validate on.
-    seed : int
-        Of the split.
-    """
-    if split not in SPLITS:
-        raise UserError(f"split={split!r} is none of {', '.join(SPLITS)}.")
-    if not 0 < valid_fraction < 1:
-        raise UserError(f"valid_fraction={valid_fraction} isn't in (0, 1).")
-    folder = Path(folder)
-    choices = {
-        "data": corpus.digest(),
-        "split": split,
-        "valid_fraction": valid_fraction,
-        "seed": seed,
-    }
-    done = folder / "split.json"
-    if done.exists() and read_json(done) == choices:
-        return
-    train, valid = SPLITS[split](corpus.labelled, valid_fraction, seed)
-    if not valid:
-        raise UserError(
-            f"{corpus.folder / 'metadata.json'}: no speaker has two "
-            "utterances, so nothing can be held out for validation; add some."
-        )
-    parts = {"train": train, "valid": valid, "test": corpus.test}
-    for name, part in parts.items():
-        text = json.dumps(manifest(part), indent=1)
-        save_atomically(text, folder / f"{name}.json")
-    save_atomically(json.dumps(choices, indent=1), done)
 
 
 def resolve_data(

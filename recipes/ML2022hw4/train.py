@@ -13,6 +13,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import speechbrain as sb
 import torch
@@ -20,19 +21,27 @@ from speechbrain.dataio.dataio import load_data_json
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 import prepare
+import split
 from spkid.brain import RobustBrain
 from spkid.checkpoints import RunState, check_identity, save_atomically
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import run_command
 from spkid.hparams import load_hparams
 from spkid.lengths import absolute_lengths
-from spkid.scoring import gather_scores, score_batch, summarize
+from spkid.scoring import (
+    gather_scores,
+    save_evaluation,
+    score_batch,
+    summarize_parts,
+)
 
 WEIGHTS = ("embedding_model", "classifier")
 
 
 class SpeakerBrain(RobustBrain):
     """Trains ``embedding_model`` and ``classifier``; scores utterances."""
+
+    parts: ClassVar = {}  # of the validation: is an utterance's session known
 
     def compute_forward(self, batch, stage):
         """Log-posteriors [batch, 1, speakers]; a margin in training only."""
@@ -49,8 +58,8 @@ class SpeakerBrain(RobustBrain):
         if stage != sb.Stage.TRAIN:
             # Not through DistributedDataParallel, which would wait for ranks
             # that have fewer batches.
-            embeddings = self.hparams.embedding_model(features, relative)
-            return self.hparams.classifier(embeddings)
+            self.embeddings = self.hparams.embedding_model(features, relative)
+            return self.hparams.classifier(self.embeddings)
         embeddings = self.modules.embedding_model(features, relative)
         targets = batch.target.data.to(self.device)
         return self.modules.classifier(embeddings, targets)
@@ -65,11 +74,14 @@ class SpeakerBrain(RobustBrain):
                 label_smoothing=self.hparams.label_smoothing,
             )
         scores = score_batch(
-            batch.id, predictions.squeeze(1), targets.squeeze(1)
+            batch.id,
+            predictions.squeeze(1),
+            targets.squeeze(1),
+            self.embeddings.squeeze(1),
         )
         self.scores |= scores
         # An unlabelled utterance's loss says nothing.
-        loss = summarize(scores)["loss"]
+        loss = summarize_parts(scores, {})["loss"]
         return torch.tensor(0.0 if loss is None else loss)
 
     def on_fit_batch_start(self, batch, should_step):
@@ -93,7 +105,7 @@ class SpeakerBrain(RobustBrain):
             self.train_loss = stage_loss
             return
         self.scores = gather_scores(self.scores)
-        self.result = summarize(self.scores)
+        self.result = summarize_parts(self.scores, self.parts)
         if stage == sb.Stage.TEST:
             return
         loggers = [self.hparams.train_logger]
@@ -103,10 +115,10 @@ class SpeakerBrain(RobustBrain):
             train_logger.log_stats(
                 {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
                 {"loss": self.train_loss},
-                self.result,
+                given(self.result),
             )
         self.save_epoch(
-            {"epoch": epoch, **self.result},
+            {"epoch": epoch, **given(self.result)},
             max_key="accuracy",
             num_to_keep=self.hparams.average_checkpoints,
         )
@@ -115,10 +127,15 @@ class SpeakerBrain(RobustBrain):
         """Scores with the weights at hand, not those of a checkpoint."""
 
 
+def given(figures):
+    """The figures that there are."""
+    return {key: value for key, value in figures.items() if value is not None}
+
+
 def run_identity(hparams, corpus):
     """What a run may not change when it goes on."""
     alone = not torch.distributed.is_initialized()
-    keys = ("seed", "split", "valid_fraction", "batch_size", "segment_frames")
+    keys = (*split.KEYS, "batch_size", "segment_frames")
     return {
         "data": corpus.digest(),
         "processes": 1 if alone else torch.distributed.get_world_size(),
@@ -156,6 +173,9 @@ def make_brain(hparams, run_opts, corpus, pack, identity):
         for name in ("train", "valid", "test")
         if name != "test" or corpus.test
     }
+    brain.parts = {
+        key: entry["part"] for key, entry in manifests["valid"].items()
+    }
     datasets = make_datasets(hparams, manifests, pack, encoder)
     loaders = make_loaders(hparams, datasets)
     brain.train_sampler = loaders["train"].batch_sampler  # told the epoch
@@ -171,7 +191,7 @@ def choose_weights(brain, valid_loader):
         brain.evaluate(valid_loader)
         accuracy = brain.result["accuracy"]
         if best is None or accuracy >= best[1]["valid"]["accuracy"]:
-            best = count, {"valid": brain.result}
+            best = count, {"valid": brain.result}, brain.scores
     brain.checkpointer.load_average(best[0], "accuracy", WEIGHTS)
     return best
 
@@ -206,9 +226,8 @@ def main(arguments: list[str]) -> None:
     if if_main_process():
         save_atomically(json.dumps(identity, indent=1), output / "run.json")
     sb.utils.distributed.run_on_main(
-        prepare.write_manifests,
-        [corpus, hparams["manifest_folder"]],
-        {key: hparams[key] for key in ("split", "valid_fraction", "seed")},
+        split.write_manifests,
+        [corpus, pack, hparams["manifest_folder"], hparams],
     )
     brain, loaders = make_brain(hparams, run_opts, corpus, pack, identity)
     if if_main_process():
@@ -226,8 +245,8 @@ def main(arguments: list[str]) -> None:
     brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
     if brain.test_only:
         brain.checkpointer.recover_if_possible()  # its epochs and seconds
-    averaged, results = choose_weights(brain, loaders["valid"])
-    brain.scores, brain.result = {}, summarize({})
+    averaged, results, validated = choose_weights(brain, loaders["valid"])
+    brain.scores, brain.result = {}, summarize_parts({}, {})
     if "test" in loaders:
         brain.evaluate(loaders["test"])
     results["test"] = brain.result
@@ -251,6 +270,13 @@ def main(arguments: list[str]) -> None:
         "skipped_steps": brain.skipped_steps,
         "seconds": round(brain.run_state.seconds, 1),
     }
+    utterances = corpus.labelled + corpus.test
+    save_evaluation(
+        output / "evaluation.npz",
+        validated | brain.scores,
+        brain.parts | dict.fromkeys(brain.scores, "test"),
+        {utterance.path: utterance.length for utterance in utterances},
+    )
     prepare.write_submission(corpus, brain.scores, output / "submission.csv")
     save_atomically(json.dumps(results, indent=1), output / "results.json")
     test = results["test"]["accuracy"]

@@ -1,0 +1,532 @@
+"""Which utterances of a speaker share a recording session.
+
+Utterances of one recording share its room, microphone and day. If some of
+them are trained on and others validated on, the validation is flattering: it
+never hears a new recording, while the test hears nothing else. So whole
+sessions are held out, and where nobody wrote down the sessions they are
+inferred here from the features alone.
+
+An utterance's *fingerprint* is what a channel leaves in it: the long-term mean
+and deviation of each mel band, the spectrum of its quietest frames (the noise
+floor) and its mean change from frame to frame (reverberation smears it). Of a
+speaker's fingerprints a two-covariance model is made, as Brümmer and de
+Villiers ("The speaker partitioning problem", Odyssey 2010) make one of a
+speaker's utterances, with sessions in the place of speakers::
+
+    fingerprint = speaker's mean + session's offset + residue
+
+Offset and residue are Gaussian, their covariances the same for all speakers
+and learned by alternating with the labels, so that no number of sessions is
+chosen by hand. Where a speaker's list is in the order of recording, sessions
+are runs of it, and the likeliest segmentation is found exactly; whether it is
+in that order is tested first. Otherwise fingerprints are clustered.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.linalg import eigh
+from scipy.spatial.distance import cdist, squareform
+from sklearn.decomposition import PCA
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tqdm import tqdm
+
+from spkid.packed import PackedFeatures
+
+COMPONENTS = 40  # of the fingerprints; what is left of them is mostly content
+ROUNDS = 6  # between labels and covariances; they settle after three or four
+# What is said, which the model takes for noise, stays alike for a while, and
+# the bands' residues aren't quite Gaussian. So the evidence counts less than it
+# claims; by how much was chosen on three corpora with known sessions.
+TEMPER_ORDERED = 3.5
+TEMPER_UNORDERED = 2.0
+PRIOR_UTTERANCES = 20  # weight of all speakers' residue against one's own
+
+
+def fingerprint(
+    frames: np.ndarray, mean: np.ndarray, deviation: np.ndarray
+) -> np.ndarray:
+    """What the channel leaves in one utterance.
+
+    Arguments
+    ---------
+    frames : np.ndarray [frames, n_mels]
+        Log-mels, not normalised.
+    mean : np.ndarray [n_mels]
+        Their mean over the frames.
+    deviation : np.ndarray [n_mels]
+        Their standard deviation.
+
+    Returns
+    -------
+    np.ndarray [4 * n_mels]
+        Mean, deviation, mean of the quietest tenth, mean absolute change.
+
+    Example
+    -------
+    >>> frames = np.array([[0.0], [2.0]])
+    >>> fingerprint(frames, frames.mean(0), frames.std(0))
+    array([1., 1., 0., 2.])
+    """
+    count = max(1, len(frames) // 10)
+    quietest = np.argpartition(frames.mean(axis=1), count - 1)[:count]
+    change = np.zeros_like(mean)
+    if len(frames) > 1:
+        change = np.abs(np.diff(frames, axis=0)).mean(axis=0)
+    quiet = frames[quietest].mean(axis=0)
+    return np.concatenate((mean, deviation, quiet, change))
+
+
+def pack_fingerprints(
+    pack: PackedFeatures, paths: Sequence[str], progress: bool = True
+) -> np.ndarray:
+    """Fingerprints of a pack's utterances; made once, kept beside the pack.
+
+    Arguments
+    ---------
+    pack : PackedFeatures
+        The features.
+    paths : sequence of str
+        Of the utterances, as the pack names them.
+    progress : bool
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    np.ndarray [utterances, 4 * n_mels]
+        float32.
+    """
+    cache = pack.file.with_name("fingerprints.npy")
+    if cache.exists():
+        return np.load(cache)[[pack.row[path] for path in paths]]
+    everything = np.empty((len(pack.lengths), 4 * pack.data.shape[1]), "f4")
+    for row in tqdm(
+        range(len(everything)),
+        desc="Listening to the channels",
+        unit="utterance",
+        disable=not progress,
+    ):
+        everything[row] = fingerprint(
+            pack.frames(row), pack.mean[row], pack.deviation[row]
+        )
+    with tempfile.NamedTemporaryFile(dir=cache.parent, delete=False) as part:
+        np.save(part, everything)
+    os.replace(part.name, cache)
+    return everything[[pack.row[path] for path in paths]]
+
+
+@dataclass
+class Sessions:
+    """The sessions of all utterances.
+
+    Arguments
+    ---------
+    label : np.ndarray [utterances]
+        Session of each utterance, numbered from 0 within its speaker.
+    speaker : np.ndarray [utterances]
+        Index of each utterance's speaker, from 0.
+    strength : np.ndarray [utterances], optional
+        Where the list is in the order of recording: the evidence, in nats,
+        that a session begins with this utterance; 0 where none does.
+    order : float
+        Distance of neighbours in the lists, by that of a speaker's utterances
+        drawn at random; 1 where the order says nothing. NaN: not measured.
+    """
+
+    label: np.ndarray
+    speaker: np.ndarray
+    strength: np.ndarray | None = None
+    order: float = float("nan")
+
+    def rows(self) -> list[np.ndarray]:
+        """The utterances of each speaker, in the list's order."""
+        return _rows(self.speaker)
+
+
+def _rows(speaker):
+    order = np.argsort(speaker, kind="stable")
+    ends = np.cumsum(np.bincount(speaker))
+    return np.split(order, ends[:-1])
+
+
+def known_sessions(names: Sequence, speakers: Sequence) -> Sessions:
+    """Sessions that somebody wrote down.
+
+    Arguments
+    ---------
+    names : sequence
+        The session of each utterance, by any name.
+    speakers : sequence
+        The speaker of each utterance, by any name.
+
+    Returns
+    -------
+    Sessions
+
+    Example
+    -------
+    >>> known_sessions(["b", "a", "a"], ["x", "x", "y"]).label
+    array([1, 0, 0])
+    """
+    speaker = np.unique(speakers, return_inverse=True)[1]
+    names, label = np.asarray(names), np.zeros(len(speaker), dtype=int)
+    for rows in _rows(speaker):
+        label[rows] = np.unique(names[rows], return_inverse=True)[1]
+    return Sessions(label, speaker)
+
+
+def infer_sessions(prints: np.ndarray, speakers: Sequence) -> Sessions:
+    """Sessions from fingerprints.
+
+    Arguments
+    ---------
+    prints : np.ndarray [utterances, 4 * n_mels]
+        Fingerprints, each speaker's in the order of the data's list.
+    speakers : sequence
+        The speaker of each utterance, by any name.
+
+    Returns
+    -------
+    Sessions
+
+    Example
+    -------
+    >>> generator = np.random.default_rng(0)
+    >>> rooms = np.repeat(generator.normal(size=(30, 8)), 6, axis=0)
+    >>> prints = rooms + 0.1 * generator.normal(size=rooms.shape)
+    >>> sessions = infer_sessions(prints, np.repeat(range(10), 18))
+    >>> sessions.label[:18]
+    array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2])
+    """
+    speaker = np.unique(speakers, return_inverse=True)[1]
+    all_rows = _rows(speaker)
+    label = np.zeros(len(speaker), dtype=int)
+    if len(speaker) == len(all_rows):  # one utterance each
+        return Sessions(label, speaker)
+    points = np.array(prints, dtype=np.float64)
+    for rows in all_rows:
+        points[rows] -= points[rows].mean(axis=0)
+    components = min(COMPONENTS, *points.shape)
+    points = make_pipeline(
+        StandardScaler(), PCA(components, svd_solver="full")
+    ).fit_transform(points)
+    order, ordered = _order(points, all_rows)
+    near, owner = _near_pairs(points, all_rows, ordered)
+    temper = TEMPER_ORDERED if ordered else TEMPER_UNORDERED
+    # To begin with: nearest pairs share a session, most of them.
+    size = (near**2).sum(axis=1)
+    close = near[size <= np.quantile(size, 0.6)]
+    within = close.T @ close / len(close) / 2
+    between = points.T @ points / len(points) - within
+    change = 0.2  # probability of a new session at an utterance
+    for _ in range(ROUNDS):
+        within += 0.01 * np.trace(within) / components * np.eye(components)
+        noise = _speaker_noise(near, owner, within, all_rows)
+        # Both covariances become diagonal, that of the residue the identity.
+        spread, axes = eigh(between, within)
+        spread = np.maximum(spread, 1e-3)
+        scale = np.sqrt(temper * noise)[speaker, None]
+        projected = points @ axes / scale
+        strength = np.zeros(len(points)) if ordered else None
+        for index, rows in enumerate(all_rows):
+            own = spread / (temper * noise[index])
+            if ordered:
+                label[rows], strength[rows] = _segment(
+                    projected[rows], own, change
+                )
+            else:
+                label[rows] = _cluster(projected[rows], own)
+        within, between, count = _covariances(
+            points, speaker, label, np.sqrt(noise)
+        )
+        more = len(points) - len(all_rows)
+        change = np.clip((count - len(all_rows)) / more, 0.01, 0.9)
+    return Sessions(label, speaker, strength, order)
+
+
+def _order(points, all_rows):
+    """Neighbours' distance by that of random pairs; whether that is chance."""
+    generator = np.random.default_rng(0)
+
+    def neighbours(shuffle):
+        total = []
+        for rows in all_rows:
+            own = generator.permutation(rows) if shuffle else rows
+            steps = np.diff(points[own], axis=0)
+            total.append(np.log((steps**2).sum(axis=1) + 1e-12))
+        return np.concatenate(total).mean()
+
+    observed = neighbours(False)
+    chance = np.array([neighbours(True) for _ in range(20)])
+    far = (chance.mean() - observed) / (chance.std() + 1e-12)
+    return float(np.exp(observed - chance.mean())), far > 5
+
+
+def _near_pairs(points, all_rows, ordered):
+    """Differences of pairs that mostly share a session, and their speakers:
+    neighbours in the list, or in the space of fingerprints."""
+    near, owner = [], []
+    for index, rows in enumerate(all_rows):
+        own = points[rows]
+        if len(own) < 2:
+            continue
+        if ordered:
+            difference = np.diff(own, axis=0)
+        else:
+            distance = cdist(own, own)
+            np.fill_diagonal(distance, np.inf)
+            difference = own - own[distance.argmin(axis=1)]
+        near.append(difference)
+        owner += [index] * len(difference)
+    return np.concatenate(near), np.array(owner)
+
+
+def _speaker_noise(near, owner, within, all_rows):
+    """How much a speaker's residue varies, by all speakers' [speakers].
+
+    A median, which sessions' ends don't move, drawn towards 1 where the
+    speaker has few utterances.
+    """
+    size = np.einsum("ij,ij->i", near, np.linalg.solve(within, near.T).T)
+    common = np.median(size)
+    noise = np.ones(len(all_rows))
+    for index in np.unique(owner):
+        count = len(all_rows[index])
+        own = np.median(size[owner == index]) / common
+        noise[index] = (PRIOR_UTTERANCES + count * own) / (
+            PRIOR_UTTERANCES + count
+        )
+    return np.maximum(noise, 0.3)
+
+
+def _evidence(count, total, spread):
+    """Log-likelihood ratio, in nats, of utterances being one session to their
+    each having the speaker's mean; residues have unit variance.
+
+    ``total`` [..., dimensions] sums ``count`` [...] fingerprints; ``spread``
+    [dimensions] is the variance of the sessions' offsets.
+    """
+    gain = 1 + np.multiply.outer(count, spread)
+    return 0.5 * (spread * total**2 / gain - np.log(gain)).sum(axis=-1)
+
+
+def _segment(points, spread, change):
+    """The likeliest division of a list into sessions, by dynamic programming.
+
+    Returns the label of each utterance, and the strength of each beginning:
+    the evidence lost if that session and the one before were one.
+    """
+    count = len(points)
+    sums = np.concatenate((np.zeros_like(points[:1]), points.cumsum(axis=0)))
+    best, begin = np.zeros(count + 1), np.zeros(count + 1, dtype=int)
+    prior = np.log(change / (1 - change))
+    for end in range(1, count + 1):
+        starts = np.arange(end)
+        total = best[:end] + prior * (starts > 0)
+        total += _evidence(end - starts, sums[end] - sums[:end], spread)
+        begin[end] = total.argmax()
+        best[end] = total[begin[end]]
+    cuts = [count]
+    while cuts[-1] > 0:
+        cuts.append(begin[cuts[-1]])
+    cuts = np.array(cuts[::-1])
+    label = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
+    strength = np.zeros(count)
+
+    def evidence(first, last):
+        return _evidence(last - first, sums[last] - sums[first], spread)
+
+    for before, cut, after in zip(cuts, cuts[1:], cuts[2:], strict=False):
+        strength[cut] = (
+            evidence(before, cut) + evidence(cut, after)
+        ) - evidence(before, after)
+    return label, strength
+
+
+def _cluster(points, spread):
+    """Average linkage of the evidence that two utterances share a session;
+    groups are joined while it speaks for that."""
+    count = len(points)
+    if count < 2:
+        return np.zeros(count, dtype=int)
+    one = _evidence(np.ones(count), points, spread)
+    pair = 0.5 * spread / (1 + 2 * spread)
+    square = points**2 @ pair
+    joint = square[:, None] + square + 2 * (points * pair) @ points.T
+    joint -= 0.5 * np.log1p(2 * spread).sum()
+    apart = one[:, None] + one - joint
+    apart = (apart + apart.T) / 2
+    lowest = apart.min()
+    np.fill_diagonal(apart, lowest)
+    tree = linkage(squareform(apart - lowest, checks=False), "average")
+    return fcluster(tree, -lowest, "distance") - 1
+
+
+def _covariances(points, speaker, label, noise):
+    """Covariance within and between sessions, and the number of sessions.
+
+    ``noise`` [speakers] is each one's deviation, by which residues count less.
+    """
+    group = np.unique(np.stack((speaker, label)), axis=1, return_inverse=True)[
+        1
+    ].ravel()
+    count = np.bincount(group)
+    means = np.zeros((len(count), points.shape[1]))
+    np.add.at(means, group, points)
+    means /= count[:, None]
+    residue = (points - means[group]) / noise[speaker, None]
+    within = residue.T @ residue / max(1, len(points) - len(count))
+    between = (means * count[:, None]).T @ means / len(points)
+    # The mean of n residues has an n-th of their covariance.
+    between -= within * len(count) / len(points)
+    values, vectors = np.linalg.eigh(between)
+    between = (vectors * np.maximum(values, 1e-6)) @ vectors.T
+    return within, between, len(count)
+
+
+def hold_out(sessions: Sessions, share: float, seed: int) -> np.ndarray:
+    """Whole sessions to validate on, of each speaker with two or more.
+
+    Where the list is in the order of recording, sessions are taken from its
+    beginning or end, so that a speaker has a single edge between training and
+    validation, and that edge is the surest of those that hold out about the
+    share. Elsewhere sessions are drawn at random.
+
+    Arguments
+    ---------
+    sessions : Sessions
+        Of all utterances.
+    share : float
+        Of a speaker's utterances, in (0, 1); exceeded up to twice for a surer
+        edge, and further only where even the smallest session is larger.
+    seed : int
+        Of the draw.
+
+    Returns
+    -------
+    np.ndarray [utterances]
+        bool, True for those to hold out.
+
+    Example
+    -------
+    >>> sessions = known_sessions([0, 0, 0, 1, 0], list("aaaab"))
+    >>> hold_out(sessions, 0.25, seed=1)
+    array([False, False, False,  True, False])
+    """
+    held = np.zeros(len(sessions.label), dtype=bool)
+    generator = np.random.default_rng(seed)
+    for rows in sessions.rows():
+        label, count = sessions.label[rows], len(rows)
+        sizes = np.bincount(label)
+        if len(sizes) < 2:
+            continue
+        if sessions.strength is not None:
+            cuts = np.flatnonzero(np.diff(label)) + 1
+            limit = max(2 * share * count, min(cuts[0], count - cuts[-1]))
+            sure = sessions.strength[rows]
+            _, first, last = max(
+                (sure[cut], first, last)
+                for cut in cuts
+                for first, last in ((0, cut), (cut, count))
+                if last - first <= limit
+            )
+            held[rows[first:last]] = True
+            continue
+        limit = max(share * count, sizes.min())
+        for session in generator.permutation(len(sizes)):
+            if sizes[session] <= limit:
+                held[rows[label == session]] = True
+                limit -= sizes[session]
+    return held
+
+
+def fold_numbers(sessions: Sessions, folds: int, seed: int) -> np.ndarray:
+    """Divides the sessions of each speaker among folds of about equal size.
+
+    Arguments
+    ---------
+    sessions : Sessions
+        Of all utterances.
+    folds : int
+        Number of folds, at least 2.
+    seed : int
+        Of the order among sessions of the same size.
+
+    Returns
+    -------
+    np.ndarray [utterances]
+        The fold that holds an utterance out; -1 for speakers with a single
+        session, who are trained on always.
+
+    Example
+    -------
+    >>> sessions = known_sessions([0, 1, 1, 2, 0], list("aaaab"))
+    >>> fold_numbers(sessions, 3, seed=0).tolist()[-1]
+    -1
+    """
+    fold = np.full(len(sessions.label), -1)
+    filled = np.zeros(folds)
+    generator = np.random.default_rng(seed)
+    for rows in sessions.rows():
+        label = sessions.label[rows]
+        sizes = np.bincount(label)
+        if len(sizes) < 2:
+            continue
+        own = np.zeros(folds)
+        drawn = generator.permutation(len(sizes))
+        for session in sorted(drawn, key=lambda one: -sizes[one]):
+            # First the speaker's sessions are spread, then the total.
+            emptiest = np.lexsort((filled, own))[0]
+            fold[rows[label == session]] = emptiest
+            own[emptiest] += sizes[session]
+            filled[emptiest] += sizes[session]
+    return fold
+
+
+def hold_out_known(
+    sessions: Sessions, held: np.ndarray, share: float, seed: int
+) -> np.ndarray:
+    """Utterances to validate on whose sessions are trained on.
+
+    Arguments
+    ---------
+    sessions : Sessions
+        Of all utterances.
+    held : np.ndarray [utterances]
+        True for those held out already.
+    share : float
+        Of a speaker's utterances, in [0, 1).
+    seed : int
+        Of the draw.
+
+    Returns
+    -------
+    np.ndarray [utterances]
+        bool; each of their sessions keeps an utterance in training.
+
+    Example
+    -------
+    >>> sessions = known_sessions([0, 0, 1, 1], list("aaaa"))
+    >>> held = np.array([False, False, True, True])
+    >>> int(hold_out_known(sessions, held, 0.25, seed=0).sum())
+    1
+    """
+    known = np.zeros(len(held), dtype=bool)
+    generator = np.random.default_rng(seed)
+    for rows in sessions.rows():
+        left = rows[~held[rows]]
+        wanted = round(share * len(rows))
+        remaining = np.bincount(sessions.label[left])
+        for row in generator.permutation(left):
+            if wanted and remaining[sessions.label[row]] > 1:
+                known[row] = True
+                remaining[sessions.label[row]] -= 1
+                wanted -= 1
+    return known
