@@ -18,8 +18,10 @@ def make_corpus(
     n_test: int = 6,
     labels: bool = True,
     seed: int = 0,
+    sessions: bool = True,
 ) -> Path:
-    """Writes a corpus in which a speaker is a mean spectrum."""
+    """Writes a corpus in which a speaker is a mean spectrum, and says that
+    two utterances make a session."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(seed)
     speakers = [f"id{i:05d}" for i in range(n_speakers)]
@@ -55,6 +57,12 @@ def make_corpus(
     }
     if labels:
         contents["testlabels.json"] = truth
+    if sessions:
+        contents["sessions.json"] = {
+            entry["feature_path"]: f"{speaker}-{u // 2}"
+            for speaker, entries in metadata.items()
+            for u, entry in enumerate(entries)
+        }
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content))
     return folder

@@ -86,7 +86,8 @@ def finished(data, tmp_path_factory):
 def test_a_run_learns_and_says_where_its_results_are(data, finished):
     output, done = finished
     results = json.loads((output / "results.json").read_text())
-    assert results["valid"]["accuracy"] == 1.0
+    # Two of eight utterances of a speaker are held out, a whole session.
+    assert results["valid"]["accuracy"] >= 0.7
     assert results["test"]["accuracy"] >= 0.8
     assert results["seed"] == 1986
     assert results["speakers"] == 4

@@ -19,7 +19,8 @@ Offset and residue are Gaussian, their covariances the same for all speakers
 and learned by alternating with the labels, so that no number of sessions is
 chosen by hand. Where a speaker's list is in the order of recording, sessions
 are runs of it, and the likeliest segmentation is found exactly; whether it is
-in that order is tested first. Otherwise fingerprints are clustered.
+in that order is tested first. Otherwise fingerprints are clustered, which is
+weaker: it divides a speaker who has a single session, too.
 """
 
 from __future__ import annotations
@@ -208,11 +209,11 @@ def infer_sessions(prints: np.ndarray, speakers: Sequence) -> Sessions:
     speaker = np.unique(speakers, return_inverse=True)[1]
     all_rows = _rows(speaker)
     label = np.zeros(len(speaker), dtype=int)
-    if len(speaker) == len(all_rows):  # one utterance each
-        return Sessions(label, speaker)
     points = np.array(prints, dtype=np.float64)
     for rows in all_rows:
         points[rows] -= points[rows].mean(axis=0)
+    if not points.any():  # one utterance each
+        return Sessions(label, speaker)
     components = min(COMPONENTS, *points.shape)
     points = make_pipeline(
         StandardScaler(), PCA(components, svd_solver="full")

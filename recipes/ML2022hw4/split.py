@@ -226,6 +226,12 @@ def _report(names, sessions, source, held, known, split):
             f"most for want of a second {why}: {some}; the validation says "
             "nothing about them."
         )
+    if "clustered" in source:
+        warnings.append(
+            "the order of the lists says nothing about sessions, so utterances "
+            "were clustered; that divides a speaker with a single session, "
+            "too. A sessions.json in the data folder would be surer."
+        )
     if split == "random":
         warnings.append(
             "split: random validates on sessions that are trained on, which "

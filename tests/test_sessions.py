@@ -1,0 +1,239 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import multivariate_normal
+from sklearn.metrics import adjusted_rand_score
+
+from spkid import sessions as module
+from spkid.packed import PackedFeatures
+from spkid.sessions import (
+    Sessions,
+    fingerprint,
+    fold_numbers,
+    hold_out,
+    hold_out_known,
+    infer_sessions,
+    known_sessions,
+    pack_fingerprints,
+)
+
+
+def make_prints(speakers=40, sizes=(5, 4, 6, 3), noise=0.35, seed=0, p=20):
+    """Fingerprints that are what the model assumes, and their sessions."""
+    generator = np.random.default_rng(seed)
+    prints, who, truth = [], [], []
+    for speaker in range(speakers):
+        voice = generator.normal(0, 3, p)
+        for session, size in enumerate(sizes):
+            channel = generator.normal(0, 1, p)
+            residue = generator.normal(0, noise, (size, p))
+            prints.append(voice + channel + residue)
+            who += [f"s{speaker:02d}"] * size
+            truth += [session] * size
+    return np.concatenate(prints), np.array(who), np.array(truth)
+
+
+def agreement(found, truth):
+    return np.mean(
+        [adjusted_rand_score(truth[r], found.label[r]) for r in found.rows()]
+    )
+
+
+def test_the_evidence_is_the_ratio_of_two_gaussian_likelihoods():
+    generator = np.random.default_rng(1)
+    points, spread = generator.normal(size=(5, 3)), np.array([4.0, 0.5, 0.1])
+    expected = 0.0
+    for dimension in range(3):
+        column = points[:, dimension]
+        together = np.eye(5) + spread[dimension]
+        expected += multivariate_normal(cov=together).logpdf(column)
+        expected -= multivariate_normal(cov=np.eye(5)).logpdf(column)
+    found = module._evidence(np.array(5), points.sum(axis=0), spread)
+    assert abs(found - expected) < 1e-9
+
+
+def test_the_segmentation_is_the_best_of_all():
+    generator = np.random.default_rng(2)
+    for _ in range(20):
+        points = generator.normal(size=(7, 2)) * 2
+        spread, change = np.array([3.0, 1.0]), 0.3
+        prior = np.log(change / (1 - change))
+
+        def value(cuts, points=points, spread=spread, prior=prior):
+            edges = [0, *cuts, 7]
+            return prior * len(cuts) + sum(
+                module._evidence(b - a, points[a:b].sum(axis=0), spread)
+                for a, b in itertools.pairwise(edges)
+            )
+
+        every = [
+            cuts
+            for count in range(7)
+            for cuts in itertools.combinations(range(1, 7), count)
+        ]
+        best = max(every, key=value)
+        label, strength = module._segment(points, spread, change)
+        assert tuple(np.flatnonzero(np.diff(label)) + 1) == best
+        # Taking one beginning away loses its strength and its prior.
+        for cut in best:
+            others = tuple(c for c in best if c != cut)
+            lost = value(best) - value(others) - prior
+            assert abs(strength[cut] - lost) < 1e-9
+        assert (strength[[i for i in range(7) if i not in best]] == 0).all()
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_sessions_are_found(shuffled):
+    prints, who, truth = make_prints()
+    if shuffled:
+        order = np.random.default_rng(0).permutation(len(who))
+        prints, who, truth = prints[order], who[order], truth[order]
+    found = infer_sessions(prints, who)
+    assert (found.strength is None) == shuffled
+    assert agreement(found, truth) > 0.95
+    assert (found.order > 0.95) == shuffled
+
+
+def test_the_speakers_order_and_names_change_nothing():
+    prints, who, _ = make_prints(speakers=12)
+    found = infer_sessions(prints, who)
+    again = np.concatenate([r for r in found.rows()][::-1])
+    other = infer_sessions(prints[again], np.char.add("x", who[again]))
+    np.testing.assert_array_equal(found.label[again], other.label)
+    prefixed = infer_sessions(prints, np.char.add("x", who))
+    np.testing.assert_array_equal(found.label, prefixed.label)
+
+
+def test_few_and_many_utterances_of_a_speaker():
+    prints, who, _ = make_prints(speakers=10)
+    generator = np.random.default_rng(3)
+    long = np.repeat(generator.normal(size=(100, 20)), 10, axis=0)
+    long += generator.normal(0, 0.35, long.shape)
+    prints = np.concatenate((prints, long, np.zeros((1, 20))))
+    who = np.concatenate((who, ["long"] * 1000, ["single"]))
+    for order in (np.arange(len(who)), generator.permutation(len(who))):
+        found = infer_sessions(prints[order], who[order])
+        rows = order[who[order] == "long"]
+        label = found.label[who[order] == "long"]
+        score = adjusted_rand_score((rows - rows.min()) // 10, label)
+        assert score > (0.6 if found.strength is None else 0.95)
+        held = hold_out(found, 0.1, seed=0)
+        assert not held[who[order] == "single"].any()
+        assert 10 <= held[who[order] == "long"].sum() <= 200
+
+
+def test_a_single_utterance_each_is_a_session_each():
+    found = infer_sessions(np.ones((3, 8)), ["a", "b", "c"])
+    assert found.label.tolist() == [0, 0, 0]
+    assert not hold_out(found, 0.5, seed=0).any()
+
+
+def test_equal_fingerprints_are_no_error():
+    found = infer_sessions(np.ones((20, 8)), list("ab") * 10)
+    assert np.isfinite(found.label).all()
+
+
+@st.composite
+def labelled(draw):
+    """Any sessions of any speakers, in order or not."""
+    sizes = draw(
+        st.lists(
+            st.lists(st.integers(1, 9), min_size=1, max_size=6),
+            min_size=1,
+            max_size=5,
+        )
+    )
+    speaker = [s for s, own in enumerate(sizes) for _ in range(sum(own))]
+    label = [i for own in sizes for i, n in enumerate(own) for _ in range(n)]
+    found = Sessions(np.array(label), np.array(speaker))
+    if draw(st.booleans()):
+        begins = np.diff(label, prepend=label[0]) > 0
+        found.strength = begins * draw(st.floats(0.1, 9))
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(labelled(), st.floats(0.01, 0.9), st.integers(0, 99))
+def test_whole_sessions_are_held_out(found, share, seed):
+    held = hold_out(found, share, seed)
+    np.testing.assert_array_equal(held, hold_out(found, share, seed))
+    for rows in found.rows():
+        sizes = np.bincount(found.label[rows])
+        own = held[rows]
+        assert own.any() == (len(sizes) > 1)
+        assert not own.all()
+        for session in range(len(sizes)):
+            assert len(set(own[found.label[rows] == session])) == 1
+        allowed = max(2 * share * len(rows), sizes.max())
+        assert own.sum() <= allowed + 1e-9
+    known = hold_out_known(found, held, 0.3, seed)
+    assert not (known & held).any()
+    pairs = list(zip(found.speaker, found.label, strict=True))
+    trained = {
+        p for p, k, h in zip(pairs, known, held, strict=True) if not k | h
+    }
+    assert {p for p, k in zip(pairs, known, strict=True) if k} <= trained
+
+
+@settings(max_examples=100, deadline=None)
+@given(labelled(), st.integers(2, 5), st.integers(0, 99))
+def test_folds_divide_sessions(found, folds, seed):
+    fold = fold_numbers(found, folds, seed)
+    for rows in found.rows():
+        sizes = np.bincount(found.label[rows])
+        assert (fold[rows] == -1).all() == (len(sizes) == 1)
+        for session in range(len(sizes)):
+            assert len(set(fold[rows][found.label[rows] == session])) == 1
+        if len(sizes) >= folds:
+            assert set(fold[rows]) == set(range(folds))
+
+
+def test_sessions_from_the_list_s_ends_at_the_surest_edge():
+    label = np.repeat([0, 1, 2], [2, 6, 2])
+    strength = np.zeros(10)
+    strength[[2, 8]] = 1.0, 5.0
+    found = Sessions(label, np.zeros(10, int), strength)
+    assert np.flatnonzero(hold_out(found, 0.1, 0)).tolist() == [8, 9]
+    # A surer edge further in is taken only if it holds out little enough.
+    strength[2] = 9.0
+    assert np.flatnonzero(hold_out(found, 0.1, 0)).tolist() == [0, 1]
+
+
+def test_a_fingerprint_by_hand():
+    frames = np.zeros((20, 2))
+    frames[7:9] = -3.0
+    frames[:, 1] += np.arange(20)
+    found = fingerprint(frames, frames.mean(axis=0), frames.std(axis=0))
+    # The quietest two of twenty frames are 0 and 1, whose sum is least.
+    np.testing.assert_allclose(found[4:6], [0.0, 0.5])
+    np.testing.assert_allclose(found[6], 6 / 19)
+    np.testing.assert_allclose(fingerprint(frames[:1], *frames[:2])[6:], 0)
+
+
+def test_fingerprints_are_kept_beside_the_pack(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    for name in ("a.pt", "b.pt"):
+        mel = torch.from_numpy(generator.normal(size=(30, 4)))
+        torch.save(mel.float(), tmp_path / name)
+    pack = PackedFeatures.build(
+        tmp_path / "pack", tmp_path, ["a.pt", "b.pt"], [30, 30], 4, "float32"
+    )
+    found = pack_fingerprints(pack, ["b.pt"], progress=False)
+    frames = torch.load(tmp_path / "b.pt").numpy()
+    expected = fingerprint(frames, frames.mean(axis=0), frames.std(axis=0))
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    monkeypatch.setattr(module, "fingerprint", None)
+    again = pack_fingerprints(pack, ["a.pt", "b.pt"], progress=False)
+    np.testing.assert_array_equal(again[1:], found)
+
+
+def test_written_sessions_are_numbered_within_speakers():
+    found = known_sessions(["m", "k", "m"], ["y", "y", "x"])
+    assert found.label.tolist() == [1, 0, 0]
+    assert found.speaker.tolist() == [1, 1, 0]
+    assert json.dumps(found.label.tolist())
