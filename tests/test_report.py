@@ -139,6 +139,17 @@ def test_headline_says_the_figures_of_results(run):
     ]
 
 
+def test_sessions_and_epochs_are_told(run):
+    page = write(run)
+    rows = Outline(page).rows
+    assert ["1", "2", "187", "0", "2"] in rows  # of speakers 0 and 7
+    assert ["6", "1", "95", "9", "0"] in rows  # of speaker 5
+    assert "<li>id00000: one session, nothing can be held out.</li>" in page
+    best = json.loads((run / "history.json").read_text())[-1]["accuracy"]
+    said = f"Best on new sessions: {100 * best:.1f} %, in epoch 20 of 20."
+    assert said in page.replace("\N{NO-BREAK SPACE}", " ")
+
+
 def test_random_split_is_called_flattering(tmp_path):
     page = write(make_run(tmp_path / "run", sizes={"valid": 40}))
     assert "Accuracy, random utterances" in page
@@ -317,8 +328,8 @@ def test_full_scale_page_is_small(tmp_path):
 @pytest.mark.parametrize("width", [390, 1120])
 @pytest.mark.parametrize("n_speakers", [3, 60])
 def test_browser_shows_it_without_complaint(tmp_path, n_speakers, width):
-    folder = make_run(tmp_path / "run", n_speakers)
-    page = report.write_report(folder)
+    sizes = dict.fromkeys(("new", "known", "test"), n_speakers + 10)
+    page = report.write_report(make_run(tmp_path / "run", n_speakers, sizes))
     shot = tmp_path / "shot.png"
     size = f"--window-size={width},1000"
     _, complaints = browse(page, tmp_path, size, f"--screenshot={shot}")

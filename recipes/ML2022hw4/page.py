@@ -22,7 +22,6 @@ STYLE = {
     "axes.axisbelow": True,
     "axes.facecolor": "none",
     "figure.facecolor": "none",
-    "savefig.facecolor": "none",
     "grid.color": "#8886",
     "grid.linewidth": 0.5,
     "lines.linewidth": 1.4,
@@ -159,9 +158,10 @@ def figure(
         named = canvas.axes[0].get_legend_handles_labels()
         canvas.legend(*named, loc="outside upper left", ncols=3)
         file = io.StringIO()
-        canvas.savefig(file, format="svg", dpi=200, metadata={"Date": None})
+        canvas.savefig(file, format="svg", dpi=200)
     svg = file.getvalue().replace(INK, "currentColor")
     svg = svg[svg.index("<svg") :]
+    # The metadata hold the date.
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # every figure has these
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)

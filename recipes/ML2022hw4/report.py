@@ -122,9 +122,9 @@ def sessions(split: dict) -> str:
     opened = " open" if len(notes) < 6 else ""
     return (
         table(
-            "Speakers by their number of sessions; of the last column's, "
-            "nothing could be held out",
-            ["sessions", "speakers", "utterances", "held out", "speakers"],
+            "Speakers by their number of sessions; the last column counts "
+            "those all of whose utterances are trained on",
+            ["sessions", "speakers", "utterances", "held out", "none held out"],
             [[count, *line] for count, line in sorted(found.items())],
         )
         + f"<p>The order of the list {carries} evidence of sessions.</p>"
