@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Draws a finished run on one page that needs no network: report.html.
+
+Usage: python report.py OUTPUT_FOLDER      (train.py does the same at its end)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zipfile
+from functools import partial
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from page import columns, figure, page, percent, percent_ticks, table
+from report_evaluation import (
+    GREY,
+    PARTS,
+    Evaluation,
+    by_length,
+    by_speaker,
+    calibration,
+    confusions,
+    curve,
+    embedding_map,
+)
+from spkid.checkpoints import save_atomically
+from spkid.errors import UserError, run_command
+
+MEANING = {
+    "new": "Recordings of sessions that the model never heard. This number "
+    "predicts the test.",
+    "valid": "Utterances drawn at random; the model was trained on others of "
+    "their sessions. A flattering number: expect less on new recordings.",
+    "known": "Held-out utterances of sessions that the model was trained on. "
+    "A flattering number, since room and microphone help.",
+    "gap": "Known minus new: how much of the flattering number is room and "
+    "microphone rather than voice.",
+    "test": "The test utterances, whose speakers the data folder names.",
+}
+
+
+def first_part(results: dict) -> str:
+    """Which of PARTS the run's validation is."""
+    return "valid" if results.get("split") == "random" else "new"
+
+
+def headline(results: dict) -> str:
+    """The accuracies and the gap, and what each of them means."""
+    first = first_part(results)
+    tiles = []
+    for part in (first, "known", "gap", "test"):
+        value = results.get("valid" if part == first else part)
+        name, shown = "Gap, in points", "{:+.1f}"
+        if part != "gap":
+            name, shown = f"Accuracy, {PARTS[part][0]}", "{:.1f} %"
+            value = (value or {}).get("accuracy")
+        if value is not None:
+            shown = shown.format(100 * value)
+            tiles.append(f"<div>{name}<b>{shown}</b>{MEANING[part]}</div>")
+    return f'<div class="grid tiles">{"".join(tiles)}</div>'
+
+
+def training(history: list[dict], first: str) -> str:
+    """Accuracies, losses and the learning rate of each epoch."""
+    epochs = [row["epoch"] for row in history]
+    grey = curve("new", len(epochs)) | {"color": GREY, "label": "training"}
+
+    def plot(axes, key, look):
+        values = np.array([row.get(key) for row in history], dtype=float)
+        if np.isfinite(values).any():
+            axes.plot(epochs, values, **look)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        return values
+
+    def accuracies(canvas):
+        axes = canvas.subplots()
+        new = plot(axes, "accuracy", curve(first, len(epochs)))
+        known = plot(axes, "known_accuracy", curve("known", len(epochs)))
+        axes.fill_between(epochs, new, known, color=GREY, alpha=0.15, lw=0)
+        axes.set(xlabel="epoch", ylabel="accuracy")
+        percent_ticks(axes)
+
+    def losses(canvas):
+        upper, lower = canvas.subplots(2, sharex=True, height_ratios=(2, 1))
+        plot(upper, "loss", curve(first, len(epochs)))
+        plot(upper, "known_loss", curve("known", len(epochs)))
+        plot(upper, "train_loss", grey)
+        plot(lower, "lr", grey)
+        upper.set(ylabel="loss")
+        lower.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
+
+    said = f"{len(epochs)} epochs."
+    scored = [row for row in history if row.get("accuracy") is not None]
+    if scored:
+        best = max(scored, key=lambda row: row["accuracy"])
+        said = (
+            f"Best on {PARTS[first][0]}: {percent(best['accuracy'])}, in "
+            f"epoch {best['epoch']} of {epochs[-1]}."
+        )
+    caption = (
+        "The training loss is that of crops, with the margin if there is one: "
+        "its level can't be compared with the others'."
+    )
+    return columns(
+        figure(accuracies, f"Accuracy by epoch. {said}", said, height=3),
+        figure(losses, "Loss and learning rate by epoch.", caption, height=3),
+    )
+
+
+def sessions(split: dict) -> str:
+    """How many sessions the speakers have, and what could be held out."""
+    found = {}
+    for row in split["speakers"].values():
+        line = found.setdefault(row["sessions"], np.zeros(4, dtype=int))
+        line += (1, row["utterances"], row["held_out"], not row["held_out"])
+    carries = "carries" if split["ordered"] else "doesn't carry"
+    notes = [f"<li>{escape(text)}</li>" for text in split["warnings"]]
+    opened = " open" if len(notes) < 6 else ""
+    return (
+        table(
+            "Speakers by their number of sessions; the last column counts "
+            "those all of whose utterances are trained on",
+            ["sessions", "speakers", "utterances", "held out", "none held out"],
+            [[count, *line] for count, line in sorted(found.items())],
+        )
+        + f"<p>The order of the list {carries} evidence of sessions.</p>"
+        + f"<details{opened}><summary>Warnings: {len(notes)}</summary>"
+        + f"<ul>{''.join(notes)}</ul></details>"
+    )
+
+
+def settings(text: str, results: dict) -> str:
+    """The run's figures, and its hyperparameters as they were given."""
+    rows = [
+        [key.replace("_", " "), value]
+        for key, value in results.items()
+        if not (value is None or key == "gap" or isinstance(value, dict))
+    ]
+    return (
+        f"{table('The run', ['what', 'value'], rows, 'text')}"
+        "<details><summary>hyperparams.yaml</summary>"
+        f"<pre>{escape(text)}</pre></details>"
+    )
+
+
+def read(path: Path) -> object:
+    """The content of a run's file; None where it is missing.
+
+    Raises
+    ------
+    UserError
+        If it cannot be read.
+    """
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else text
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path}: could not be read ({error}); take it away to have a "
+            "report without its part."
+        ) from None
+
+
+def labelled(arrays: dict, speakers: str | None) -> Evaluation | None:
+    """The utterances whose speaker is known; None if there is none."""
+    keys = ("part", "target", "guess", "confidence", "frames", "embedding")
+    known = arrays["target"] >= 0
+    if not known.any():
+        return None
+    highest = max(arrays["target"].max(), arrays["guess"].max())
+    names = [str(i) for i in range(highest + 1)]
+    if speakers is not None:
+        names = speakers.removesuffix("\n").split("\n")
+    if highest >= len(names):
+        raise UserError(
+            f"speakers.txt: it names {len(names)} speakers, evaluation.npz has "
+            f"speaker {highest}; train again, so that both are of one run."
+        )
+    return Evaluation(names, *(arrays[key][known] for key in keys))
+
+
+def write_report(output_folder: str | Path) -> Path:
+    """Draws report.html from the files of a finished run.
+
+    Arguments
+    ---------
+    output_folder : str or pathlib.Path
+        Holds results.json, history.json, evaluation.npz, speakers.txt,
+        hyperparams.yaml and manifests/split_report.json; where one is
+        missing, a sentence says so in place of its sections.
+
+    Returns
+    -------
+    pathlib.Path
+        The page. The same files give the same bytes.
+
+    Raises
+    ------
+    UserError
+        If no such file is there, or one cannot be read.
+    """
+    folder = Path(output_folder)
+    results = read(folder / "results.json") or {}
+    first = first_part(results)
+    sources = {
+        "Accuracy": ("results.json", headline),
+        "Training": ("history.json", partial(training, first=first)),
+        "Accuracy by length": ("evaluation.npz", by_length),
+        "Accuracy by speaker": ("evaluation.npz", by_speaker),
+        "Most confused": ("evaluation.npz", confusions),
+        "Embedding map": ("evaluation.npz", embedding_map),
+        "Calibration": ("evaluation.npz", calibration),
+        "Sessions": ("manifests/split_report.json", sessions),
+        "Settings": ("hyperparams.yaml", partial(settings, results=results)),
+    }
+    found = {name: read(folder / name) for name, _ in sources.values()}
+    if not any(found.values()):
+        raise UserError(
+            f"{folder}: no finished run is there (results.json is missing); "
+            "name the --output_folder of one."
+        )
+    why = dict.fromkeys(found, "{} is missing or empty.")
+    if found["evaluation.npz"] is not None:
+        why["evaluation.npz"] = "No utterance of {} has a known speaker."
+        found["evaluation.npz"] = labelled(
+            found["evaluation.npz"], read(folder / "speakers.txt")
+        )
+    body = []
+    for title, (name, section) in sources.items():
+        content = found[name]
+        missing = f"<p>{why[name].format(name)}</p>"
+        html = section(content) if content else missing
+        body.append(f"<section><h2>{title}</h2>{html}</section>")
+    path = folder / "report.html"
+    title = f"Report of {folder.resolve().name}"
+    if results:
+        title = "Report: {system}, {split} split, seed {seed}".format(**results)
+    save_atomically(page(title, "\n".join(body)), path)
+    return path
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output_folder", type=Path)
+    print(write_report(parser.parse_args(arguments).output_folder))
+
+
+if __name__ == "__main__":
+    run_command(main)
