@@ -151,7 +151,7 @@ def test_sessions_and_epochs_are_told(run):
 
 
 def test_random_split_is_called_flattering(tmp_path):
-    page = write(make_run(tmp_path / "run", sizes={"valid": 40}))
+    page = write(make_run(tmp_path / "run", sizes={"random": 40}))
     assert "Accuracy, random utterances" in page
     assert "A flattering number: expect less" in page
     assert "new sessions" not in page
@@ -252,7 +252,7 @@ def test_strings_are_harmless(tmp_path):
     results = json.loads((folder / "results.json").read_text())
     results |= {"system": attack, "data_folder": attack}
     (folder / "results.json").write_text(json.dumps(results))
-    split = {"ordered": False, "warnings": [attack], "speakers": {}}
+    split = {"sessions": attack, "warnings": [attack], "speakers": {}}
     path = folder / "manifests" / "split_report.json"
     path.write_text(json.dumps(split))
     tags = Outline(write(folder)).tags
@@ -302,7 +302,7 @@ def test_mistakes_are_told_in_one_sentence(tmp_path):
 
 def test_map_of_many_is_a_sample_and_the_same_each_time(tmp_path, monkeypatch):
     monkeypatch.setattr(report_evaluation, "MAX_POINTS", 150)
-    folder = make_run(tmp_path / "run", 5, {"valid": 200})
+    folder = make_run(tmp_path / "run", 5, {"random": 200})
     page = write(folder)
     assert "t-SNE of 150 embeddings" in page
     assert write(folder) == page

@@ -33,7 +33,7 @@ from spkid.errors import UserError, run_command
 MEANING = {
     "new": "Recordings of sessions that the model never heard. This number "
     "predicts the test.",
-    "valid": "Utterances drawn at random; the model was trained on others of "
+    "random": "Utterances drawn at random; the model was trained on others of "
     "their sessions. A flattering number: expect less on new recordings.",
     "known": "Held-out utterances of sessions that the model was trained on. "
     "A flattering number, since room and microphone help.",
@@ -45,7 +45,7 @@ MEANING = {
 
 def first_part(results: dict) -> str:
     """Which of PARTS the run's validation is."""
-    return "valid" if results.get("split") == "random" else "new"
+    return "random" if results.get("split") == "random" else "new"
 
 
 def headline(results: dict) -> str:
@@ -117,7 +117,6 @@ def sessions(split: dict) -> str:
     for row in split["speakers"].values():
         line = found.setdefault(row["sessions"], np.zeros(4, dtype=int))
         line += (1, row["utterances"], row["held_out"], not row["held_out"])
-    carries = "carries" if split["ordered"] else "doesn't carry"
     notes = [f"<li>{escape(text)}</li>" for text in split["warnings"]]
     opened = " open" if len(notes) < 6 else ""
     return (
@@ -127,7 +126,7 @@ def sessions(split: dict) -> str:
             ["sessions", "speakers", "utterances", "held out", "none held out"],
             [[count, *line] for count, line in sorted(found.items())],
         )
-        + f"<p>The order of the list {carries} evidence of sessions.</p>"
+        + f"<p>Sessions are {escape(split['sessions'])}.</p>"
         + f"<details{opened}><summary>Warnings: {len(notes)}</summary>"
         + f"<ul>{''.join(notes)}</ul></details>"
     )

@@ -23,7 +23,7 @@ from spkid.measures import (
 # The parts of an evaluation, the most telling first: name, colour, marker.
 PARTS = {
     "new": ("new sessions", "#2f80c9", "o"),
-    "valid": ("random utterances", "#2f80c9", "o"),
+    "random": ("random utterances", "#2f80c9", "o"),
     "known": ("known sessions", "#e08a2e", "s"),
     "test": ("test utterances", "#2a9d78", "^"),
 }

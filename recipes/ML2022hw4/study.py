@@ -94,8 +94,8 @@ def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
                         jobs.append((data, changes, split, seed, runs[key]))
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
     with (
-        ThreadPoolExecutor(args.jobs) as pool,
         tqdm(total=len(jobs), desc="Training", unit="run") as bar,
+        ThreadPoolExecutor(args.jobs) as pool,
     ):
         for job in jobs:
             done = pool.submit(_train, args, threads, *job)
@@ -198,7 +198,11 @@ def variants_table(args, name: str, variants: dict, x_label: str) -> None:
 
 def validation_table(args) -> None:
     """Does a validation predict the test, in value and in rank?"""
-    table = by_variant(train_runs(args, VARIANTS))
+    chosen = args.variants or list(VARIANTS)
+    if wrong := set(chosen) - set(VARIANTS):
+        raise UserError(f"--variants {wrong.pop()!r} is none of {VARIANTS}.")
+    variants = {name: VARIANTS[name] for name in chosen}
+    table = by_variant(train_runs(args, variants))
     rows, summary = [], []
     for (data, variant, split), seeds in table.items():
         means = [_mean(seeds, part) for part in PARTS]
@@ -474,6 +478,7 @@ def main(arguments: list[str]) -> None:
         "--folder", type=Path, default=HERE.parents[1] / "results" / "study"
     )
     parser.add_argument("--split", nargs="+", default=["session"])
+    parser.add_argument("--variants", nargs="+")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
