@@ -70,7 +70,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default=None)
     args = parser.parse_args(arguments)
     hparams = load_run(args.output_folder)
-    corpus = prepare.read_corpus(args.data_folder or hparams["data_folder"])
+    corpus = prepare.read_corpus(
+        args.data_folder or hparams["data_folder"],
+        hparams["on_bad_file"],
+        hparams["max_bad_share"],
+    )
     if corpus.n_mels != hparams["n_mels"]:
         raise UserError(
             f"{corpus.folder / 'metadata.json'}: n_mels is {corpus.n_mels}, "
@@ -96,7 +100,7 @@ def main(arguments: list[str]) -> None:
     prepare.write_submission(corpus, brain.scores, target)
     accuracy = brain.result["accuracy"]
     known = "unknown" if accuracy is None else f"{accuracy:.4f}"
-    print(f"Test accuracy {known}\n{target}: {len(corpus.test)} rows")
+    print(f"Test accuracy {known}\n{target}: {len(corpus.test_paths)} rows")
 
 
 if __name__ == "__main__":

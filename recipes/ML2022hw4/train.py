@@ -23,7 +23,7 @@ import prepare
 from spkid.brain import RobustBrain
 from spkid.checkpoints import RunState, check_identity, save_atomically
 from spkid.dataio import label_encoder, make_datasets, make_loaders
-from spkid.errors import run_command
+from spkid.errors import run_command, table
 from spkid.hparams import load_hparams
 from spkid.lengths import absolute_lengths
 from spkid.scoring import gather_scores, score_batch, summarize
@@ -205,6 +205,8 @@ def main(arguments: list[str]) -> None:
     sys.excepthook = sys.__excepthook__
     if if_main_process():
         save_atomically(json.dumps(identity, indent=1), output / "run.json")
+        if corpus.skipped:
+            save_atomically(table(corpus.skipped, None), output / "skipped.txt")
     sb.utils.distributed.run_on_main(
         prepare.write_manifests,
         [corpus, hparams["manifest_folder"]],
@@ -212,12 +214,17 @@ def main(arguments: list[str]) -> None:
     )
     brain, loaders = make_brain(hparams, run_opts, corpus, pack, identity)
     if if_main_process():
+        skipped = (
+            f"\n{len(corpus.skipped)} feature files are skipped; see "
+            f"{output / 'skipped.txt'}"
+        ) if corpus.skipped else ""
         print(
             f"{len(corpus.speakers)} speakers, "
             f"{len(loaders['train'].dataset)} training, "
             f"{len(loaders['valid'].dataset)} validation and "
             f"{len(corpus.test)} test utterances from "
-            f"{corpus.folder}\nResults go to {output}",
+            f"{corpus.folder}"
+            f"{skipped}\nResults go to {output}",
             flush=True,
         )
     if brain.distributed_launch:
