@@ -112,12 +112,12 @@ def check_values(
     values : dict
         From :func:`plain_values`.
     limits : dict
-        Key to the lowest and the highest value, both allowed; keys that the
-        file lacks don't matter.
+        Key to the lowest and the highest value, both allowed; floats: any
+        number between them. Keys that the file lacks don't matter.
 
     Example
     -------
-    >>> check_values("a.yaml", {"lr": 0.1}, {"lr": (0, 1)})
+    >>> check_values("a.yaml", {"lr": 0.1}, {"lr": (0.0, 1.0)})
     """
     for key, (low, high) in limits.items():
         value = values.get(key)
