@@ -398,15 +398,15 @@ class RunState:
 register_checkpoint_hooks(RunState, save_on_main_only=False)
 
 
-def save_atomically(text: str, path: Path) -> None:
-    """Writes a text file that is whole or absent.
+def save_atomically(content: str | bytes, path: Path) -> None:
+    """Writes a file that is whole or absent.
 
     Arguments
     ---------
-    text : str
-        What it holds.
+    content : str or bytes
+        What it holds; text is written in UTF-8.
     path : pathlib.Path
-        Where; what was there before stays until the new text is on the disk.
+        Where; what was there before stays until the new one is on the disk.
 
     Raises
     ------
@@ -424,8 +424,10 @@ def save_atomically(text: str, path: Path) -> None:
     part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with open(part, "wb") as file:
+            file.write(
+                content.encode() if isinstance(content, str) else content
+            )
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

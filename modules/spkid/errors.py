@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -126,6 +127,8 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     -------
     >>> run_command(lambda arguments: None)
     """
+    # A full disk would cost a traceback for each line of a log.
+    logging.raiseExceptions = False
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -9,6 +9,7 @@ same command, given again, goes on where it was stopped.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -96,10 +97,9 @@ class SpeakerBrain(RobustBrain):
         self.result = summarize(self.scores)
         if stage == sb.Stage.TEST:
             return
-        loggers = [self.hparams.train_logger]
-        if self.hparams.use_tensorboard and if_main_process():
-            loggers.append(self.hparams.tensorboard_logger())
-        for train_logger in loggers:
+        # Before the checkpoint: an epoch that is repeated is logged again,
+        # which replaces its line.
+        for train_logger in self.hparams.loggers:
             train_logger.log_stats(
                 {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
                 {"loss": self.train_loss},
@@ -133,7 +133,9 @@ def run_identity(hparams, corpus):
 
 def make_brain(hparams, run_opts, corpus, pack, identity):
     """A Brain and its loaders, ready to fit or to evaluate."""
-    modules = hparams["modules"]
+    modules, hparams["loggers"] = hparams["modules"], [hparams["train_logger"]]
+    if hparams["use_tensorboard"]:
+        hparams["loggers"].append(hparams["tensorboard_logger"]())
     run_state = RunState(identity)
     hparams["checkpointer"].add_recoverable("run_state", run_state)
     brain = SpeakerBrain(
@@ -242,10 +244,11 @@ def main(arguments: list[str]) -> None:
         print("The debug run has passed; it leaves no results.")
     if brain.debug or not if_main_process():
         return
-    (output / "model").mkdir(exist_ok=True)
     for name in WEIGHTS:
-        weights = hparams[name].state_dict()
-        torch.save(weights, output / "model" / f"{name}.ckpt")
+        weights = io.BytesIO()
+        torch.save(hparams[name].state_dict(), weights)
+        path = output / "model" / f"{name}.ckpt"
+        save_atomically(weights.getvalue(), path)
     results |= {
         "system": Path(hparams_file).stem,
         "data_folder": str(corpus.folder),
