@@ -64,13 +64,43 @@ def test_two_processes_learn_what_one_learns(data, two, tmp_path):
     assert "begun with processes=2, not 1" in done.stderr
 
 
-def test_uneven_shares_weigh_and_count_right(tmp_path):
-    """Closed form: one process that sees the whole batches."""
-    done = run([*ALONE, SCRIPT, str(tmp_path)])
-    assert done.returncode == 0, done.stderr
-    found = [
-        json.loads((tmp_path / f"rank{rank}.json").read_text())
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two processes without an agent, as under srun: nobody but they
+    themselves can notice that one is gone."""
+    output = tmp_path_factory.mktemp("pair")
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, str(output)],
+            env={
+                **ENVIRONMENT,
+                **place,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in (0, 1)
+    ]
+    processes[1].wait(120)
+    said = processes[0].communicate(timeout=60)[1]
+    return output, said, [process.returncode for process in processes]
+
+
+def test_uneven_shares_weigh_and_count_right(pair):
+    """The reference is one process that sees the whole batches."""
+    output, said, _ = pair
+    found = [
+        json.loads((output / f"rank{rank}.json").read_text()) for rank in (0, 1)
     ]
     weight, epochs = ranks.learn(0, 1)
     for each in found:
@@ -83,7 +113,14 @@ def test_uneven_shares_weigh_and_count_right(tmp_path):
     assert len(own) == len(ranks.LENGTHS)
     # Where one rank can't save, none waits, and nothing half is left.
     assert found[0]["left"] == found[1]["left"] == [["CKPT"], ["CKPT"]]
-    assert done.stderr.count("a checkpoint could not be saved") == 2
+    assert said.count("a checkpoint could not be saved") == 2
+
+
+def test_when_one_is_killed_the_other_ends_with_a_message(pair):
+    _, said, codes = pair
+    assert codes == [1, -signal.SIGKILL]
+    assert "Another process of this run has ended" in said
+    assert "Traceback" not in said
 
 
 def test_the_mean_loss_of_an_epoch_weighs_utterances():
@@ -99,38 +136,6 @@ def test_the_mean_loss_of_an_epoch_weighs_utterances():
     found = ranks.learn(0, 1)
     assert found[0] == pytest.approx(weight, rel=1e-5)
     assert found[1] == pytest.approx(losses, rel=1e-5)
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def test_without_an_agent_the_others_end_when_one_is_killed(tmp_path):
-    """As under srun: nobody but the processes themselves can notice."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, str(tmp_path), "die"],
-            env={
-                **ENVIRONMENT,
-                **place,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    processes[1].wait(120)
-    _, said = processes[0].communicate(timeout=60)
-    assert processes[1].returncode == -signal.SIGKILL
-    assert processes[0].returncode == 1
-    assert "Another process of this run has ended" in said
-    assert "Traceback" not in said
 
 
 def worker(agent, rank):
