@@ -75,26 +75,19 @@ def go(data, output, *more, fate=None, do=chaos.die):
 FATES = [
     ("step", 2, True),  # nothing is saved yet
     ("optimiser", 2, False),
-    ("renaming", 6, False),  # a checkpoint is complete, but has no name yet
-    ("step", 1, True),
+    ("saving", 3, False),  # a checkpoint is there in part
     ("validation", 1, True),
     ("logging", 1, True),  # the epoch's end has no checkpoint yet
     ("deleting", 1, False),
     ("step", 1, True),  # the first of an epoch
-    ("saving", 7, False),
-    ("logging", 1, True),
+    ("renaming", 3, False),  # a checkpoint is complete, but has no name yet
+    ("logging", 1, False),
 ]
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["--grad_accumulation_factor=3"],  # groups of 3, 3 and 1
-        ["--precision=bf16", "--grad_accumulation_factor=2"],
-    ],
-    ids=" ".join,
-)
-def test_a_run_killed_at_every_edge_ends_in_the_same_bits(data, tmp_path, more):
+def test_a_run_killed_at_every_edge_ends_in_the_same_bits(data, tmp_path):
+    """In bfloat16, with groups of 3, 3 and 1 batches."""
+    more = ["--precision=bf16", "--grad_accumulation_factor=3"]
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     code, said = go(data, calm, *more)
     assert code == 0, said
@@ -131,6 +124,15 @@ def fill(place: Path):
                 continue
 
 
+@pytest.fixture(scope="module")
+def calm(data, tmp_path_factory):
+    """A run whose disk has room."""
+    output = tmp_path_factory.mktemp("calm") / "out"
+    code, said = go(data, output)
+    assert code == 0, said
+    return output
+
+
 @pytest.mark.parametrize(
     ("fate", "words"),
     [
@@ -140,13 +142,9 @@ def fill(place: Path):
     ],
     ids=["checkpoint", "log", "submission"],
 )
-def test_a_full_disk_loses_nothing(
-    data, tmp_path, disk, monkeypatch, fate, words
-):
+def test_a_full_disk_loses_nothing(data, calm, disk, monkeypatch, fate, words):
     place = prepare, "write_submission"
     monkeypatch.setitem(chaos.ACTS, "submission", place)
-    code, said = go(data, tmp_path / "calm")
-    assert code == 0, said
     output = disk / "out"
     code, said = go(data, output, fate=fate, do=lambda: fill(disk))
     assert words in said
@@ -159,5 +157,5 @@ def test_a_full_disk_loses_nothing(
     (disk / "filler").unlink()
     code, said = go(data, output)
     assert code == 0, said
-    assert same(weights(tmp_path / "calm"), weights(output))
-    assert chaos.log(output) == chaos.log(tmp_path / "calm")
+    assert same(weights(calm), weights(output))
+    assert chaos.log(output) == chaos.log(calm)
