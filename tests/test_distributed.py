@@ -96,12 +96,15 @@ def pair(tmp_path_factory):
     return output, said, [process.returncode for process in processes]
 
 
+def found_by(output):
+    files = [output / f"rank{rank}.json" for rank in (0, 1)]
+    return [json.loads(file.read_text()) for file in files]
+
+
 def test_uneven_shares_weigh_and_count_right(pair):
     """The reference is one process that sees the whole batches."""
     output, said, _ = pair
-    found = [
-        json.loads((output / f"rank{rank}.json").read_text()) for rank in (0, 1)
-    ]
+    found = found_by(output)
     weight, epochs = ranks.learn(0, 1)
     for each in found:
         assert each["weight"] == pytest.approx(weight, rel=1e-5)
@@ -114,6 +117,11 @@ def test_uneven_shares_weigh_and_count_right(pair):
     # Where one rank can't save, none waits, and nothing half is left.
     assert found[0]["left"] == found[1]["left"] == [["CKPT"], ["CKPT"]]
     assert said.count("a checkpoint could not be saved") == 2
+
+
+def test_a_signal_to_one_ends_both_with_its_code(pair):
+    codes = [found["code"] for found in found_by(pair[0])]
+    assert codes == [128 + signal.SIGUSR1] * 2
 
 
 def test_when_one_is_killed_the_other_ends_with_a_message(pair):

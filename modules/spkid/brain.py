@@ -24,6 +24,7 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import if_main_process
 from torch.nn.parallel import DistributedDataParallel
 
+from spkid.checkpoints import gather
 from spkid.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -232,13 +233,14 @@ class RobustBrain(sb.Brain):
 
     def _stop_if_asked(self):
         """Ends the run by the signal's usual code, on all ranks at once."""
-        if self._agree(self._signal is None):
+        number = max(gather(self._signal or 0))  # not all ranks may have it
+        if not number:
             return
         if if_main_process():
             logger.warning(
                 "Stopped by a signal; give the same command again to go on."
             )
-        sys.exit(128 + (self._signal or signal.SIGTERM))
+        sys.exit(128 + number)
 
     def _should_save_intra_epoch_ckpt(self, *args):
         epoch_done = self.step == self.batches_per_epoch
