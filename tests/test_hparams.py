@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import prepare
 from spkid.errors import UserError
 from spkid.hparams import check_values, load_hparams, plain_values
 from validate import LIMITS
@@ -106,6 +107,11 @@ def test_a_wrong_value_costs_one_sentence(override, words):
     with pytest.raises(UserError, match=words) as caught:
         check_values(path, plain_values(path, override), LIMITS)
     assert "\n" not in str(caught.value)
+
+
+def test_values_are_checked_before_the_data_are_read():
+    with pytest.raises(UserError, match="lr=-1 isn't in"):
+        prepare.resolve_data(HPARAMS / "ecapa.yaml", "lr: -1")
 
 
 @pytest.mark.parametrize("path", sorted(HPARAMS.glob("*.yaml")))

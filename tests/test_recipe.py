@@ -266,7 +266,7 @@ MISTAKES = {
     "a speaker that mapping.json lacks": (
         lambda d: edit(
             d / "metadata.json",
-            lambda c: c["speakers"].update(id9=[first(c)]),
+            lambda c: c["speakers"].update(id9=[]),
         ),
         [],
         "speaker 'id9' is missing from mapping.json",

@@ -7,6 +7,7 @@ that kills it, or fills its disk, at a chosen call.
 import io
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,10 +44,10 @@ def go(data, output, *more, fate=None, do=chaos.die):
         f"--pack_folder={data.parent}/packs",
         *TINY,
         "--batch_size=4",  # 7 batches an epoch
-        "--number_of_epochs=2",
         "--ckpt_interval_minutes=0",
         "--ckpt_interval_steps=1",
         "--noprogressbar",
+        "--number_of_epochs=2",
         *more,
     ]
     said = data.parent / "said.txt"
@@ -159,3 +160,28 @@ def test_a_full_disk_loses_nothing(data, calm, disk, monkeypatch, fate, words):
     assert code == 0, said
     assert same(weights(calm), weights(output))
     assert chaos.log(output) == chaos.log(calm)
+
+
+def test_a_run_goes_on_without_bad_files_and_lists_them(data, tmp_path):
+    copy, output = shutil.copytree(data, tmp_path / "data"), tmp_path / "out"
+    (copy / "uttr-2-3.pt").write_bytes(b"<html>404</html>")
+    (copy / "uttr-test-4.pt").unlink()
+    code, said = go(copy, output)
+    assert code == 1
+    assert said.count("uttr-2-3.pt") == said.count("uttr-test-4.pt") == 1
+    assert "2 problems" in said
+    assert not (output / "skipped.txt").exists()
+    code, said = go(copy, output, "--on_bad_file=skip", "--max_bad_share=0.1")
+    assert code == 0, said
+    assert "2 feature files are skipped; see" in said
+    listed = (output / "skipped.txt").read_text().splitlines()[1:]
+    assert {line.split()[0] for line in listed} == {
+        "uttr-2-3.pt",
+        "uttr-test-4.pt",
+    }
+    rows = (output / "submission.csv").read_text().splitlines()[1:]
+    assert len(rows) == 6
+    assert rows[4].startswith("uttr-test-4.pt,id0")
+    assert "1 test utterances could not be read" in said
+    manifests = [p.read_text() for p in (output / "manifests").iterdir()]
+    assert not any("uttr-2-3.pt" in text for text in manifests)
