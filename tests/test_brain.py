@@ -1,12 +1,17 @@
 """The loop: accumulation, clipping, values that aren't finite."""
 
 import math
+import os
+import signal
 
 import pytest
 import speechbrain as sb
 import torch
+from speechbrain.utils.checkpoints import Checkpointer
+from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 
 from spkid.brain import RobustBrain
+from spkid.checkpoints import AtomicCheckpointer
 from spkid.errors import UserError
 
 
@@ -145,11 +150,102 @@ def test_scattered_nan_does_not_end_it():
 
 
 def test_signal_handlers_are_given_back():
-    import signal
-
     before = signal.getsignal(signal.SIGTERM)
     fit(make(), [1.0])
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Signalled(Line):
+    """Gets a signal once, or twice, in its second batch."""
+
+    times, name, seen = 1, "SIGTERM", 0
+
+    def compute_forward(self, batch, stage):
+        self.seen += 1
+        if self.seen == 2:
+            for _ in range(self.times):
+                os.kill(os.getpid(), getattr(signal, self.name))
+        return super().compute_forward(batch, stage)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 128 + signal.SIGUSR1)],
+)
+def test_a_signal_saves_after_the_batch_and_ends(tmp_path, name, code):
+    brain = make(Signalled, max_grad_norm=0.0)
+    brain.checkpointer = AtomicCheckpointer(tmp_path)
+    brain.checkpointer.add_recoverable("brain", brain)
+    brain.checkpointer.add_recoverable("line", brain.modules.line)
+    brain.name = name
+    with pytest.raises(SystemExit) as caught:
+        fit(brain, [1, 2, 4])
+    assert caught.value.code == code
+    (saved,) = tmp_path.iterdir()
+    weights = torch.load(saved / "line.ckpt")
+    assert weights["weight"].item() == -3.0
+    assert "step: 2" in (saved / "brain.ckpt").read_text()
+
+
+def test_a_signal_waits_for_the_end_of_a_group(tmp_path):
+    """Within it there are gradients that no checkpoint holds."""
+    brain = make(Signalled, max_grad_norm=0.0, grad_accumulation_factor=3)
+    brain.checkpointer = AtomicCheckpointer(tmp_path)
+    brain.checkpointer.add_recoverable("brain", brain)
+    with pytest.raises(SystemExit):
+        fit(brain, [1, 2, 4, 8, 16])
+    (saved,) = tmp_path.iterdir()
+    assert "step: 3" in (saved / "brain.ckpt").read_text()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_second_signal_ends_at_once(tmp_path, name):
+    brain = make(Signalled)
+    brain.checkpointer = AtomicCheckpointer(tmp_path)
+    brain.times, brain.name = 2, name
+    with pytest.raises(SystemExit) as caught:
+        fit(brain, [1, 2, 4])
+    assert caught.value.code == 128 + getattr(signal, name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_in_validation_ends_it_at_once():
+    class Validated(Signalled):
+        def compute_forward(self, batch, stage):
+            if stage == sb.Stage.TRAIN:
+                return Line.compute_forward(self, batch, stage)
+            return super().compute_forward(batch, stage)
+
+    brain = make(Validated)
+    with pytest.raises(SystemExit) as caught:
+        brain.fit(range(1), loader([1]), loader([1] * 9), progressbar=False)
+    assert caught.value.code == 143
+    assert brain.seen == 2
+
+
+def test_the_mean_loss_weighs_items_and_leaves_out_what_is_skipped():
+    class Recorded(Line):
+        def on_stage_end(self, stage, stage_loss, epoch):
+            self.means = [*getattr(self, "means", ()), float(stage_loss)]
+
+        def compute_objectives(self, predictions, batch, stage):
+            return predictions.mean() * 0 + batch.mean()
+
+    sizes = [[1.0, 2.0, 3.0], [float("nan")], [8.0]]
+    batches = [torch.tensor(size)[:, None] for size in sizes]
+    data = torch.utils.data.DataLoader(batches, batch_size=None)
+    brain = make(Recorded)
+    brain.fit(range(2), data, data, progressbar=False)
+    assert brain.means == pytest.approx([(1 + 2 + 3 + 8) / 4] * 4)
+
+
+def test_another_kind_of_runtime_error_keeps_its_traceback():
+    class Broken(Line):
+        def compute_forward(self, batch, stage):
+            raise RuntimeError("a gloomy mistake of ours")
+
+    with pytest.raises(RuntimeError, match="gloomy"):
+        fit(make(Broken), [1])
 
 
 def test_speechbrain_still_has_the_faults_that_brain_py_works_around():
@@ -166,3 +262,37 @@ def test_speechbrain_still_has_the_faults_that_brain_py_works_around():
     assert weights != [-100.0], "a negative max_grad_norm turns clipping off"
     (weight,) = fit(make(Plain, max_grad_norm=1e9), [1.0, float("nan")])
     assert math.isnan(weight), "NaN is not back-propagated"
+
+
+def test_speechbrain_still_means_batches_not_items():
+    """Red when upstream weighs them: then update_average can go."""
+    brain = make(sb.Brain)
+    brain.step, mean = 0, 0.0
+    for loss in (1.0, 3.0):  # of 3 items and of 1
+        brain.step += 1
+        mean = brain.update_average(torch.tensor(loss), mean)
+    assert mean == 2.0
+
+
+def test_speechbrain_still_has_its_loggers_faults(tmp_path):
+    """Red when upstream has mended them: then train_log.py can go."""
+    log = FileTrainLogger(tmp_path / "log.txt")
+    for _ in range(2):
+        log.log_stats({"epoch": 1}, {"loss": 0.5}, verbose=False)
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
+    board = TensorboardLogger(tmp_path)
+    board.log_stats({"epoch": 7}, {"loss": 0.5})
+    assert board.global_step["train"] == {"loss": 1}
+
+
+def test_speechbrain_still_saves_under_the_final_name(tmp_path):
+    """Red when upstream is atomic: then AtomicCheckpointer can shrink."""
+
+    def dies(part, path):
+        raise KeyboardInterrupt
+
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.add_recoverable("a", object(), custom_save_hook=dies)
+    with pytest.raises(KeyboardInterrupt):
+        checkpointer.save_checkpoint()
+    assert checkpointer.list_checkpoints(), "half a checkpoint is offered"

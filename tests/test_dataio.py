@@ -9,11 +9,12 @@ from speechbrain.utils.epoch_loop import EpochCounter
 
 import prepare
 from spkid.dataio import label_encoder, make_datasets, make_loaders
+from validate import manifest, read_corpus
 
 
 @pytest.fixture
 def made(tmp_path):
-    corpus = prepare.read_corpus(make_corpus(tmp_path / "data"))
+    corpus = read_corpus(make_corpus(tmp_path / "data"))
     pack = prepare.pack_corpus(corpus, tmp_path / "packs")
     hparams = {
         "seed": 1,
@@ -25,8 +26,8 @@ def made(tmp_path):
         "num_workers": 0,
     }
     manifests = {
-        "train": prepare.manifest(corpus.labelled),
-        "test": prepare.manifest(corpus.test),
+        "train": manifest(corpus.labelled),
+        "test": manifest(corpus.test),
     }
     encoder = label_encoder(corpus.speakers)
     datasets = make_datasets(hparams, manifests, pack, encoder)

@@ -1,9 +1,15 @@
 """Mistakes in a YAML file or on the command line."""
 
+from pathlib import Path
+
 import pytest
 
+import prepare
 from spkid.errors import UserError
-from spkid.hparams import load_hparams, plain_values
+from spkid.hparams import check_values, load_hparams, plain_values
+from validate import LIMITS
+
+HPARAMS = Path(__file__).resolve().parents[1] / "hparams"
 
 
 @pytest.fixture
@@ -63,3 +69,51 @@ def test_a_wrong_file_is_named(tmp_path, text, words):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"b\.yaml: the hyperparameter file"):
         plain_values(tmp_path / "b.yaml")
+
+
+def test_numbers_are_read_as_hyperpyyaml_reads_them(file):
+    assert plain_values(file, "rate: 1e-3")["half"] == 5e-4
+    assert plain_values(file, "rate: 1e-3")["rate"] == 1e-3
+    assert load_hparams(file, "rate: 1e-3")["rate"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("batch_size: abc", "--batch_size=abc must be a whole number"),
+        ("batch_size: 2.5", "must be a whole number"),
+        ("batch_size: true", "must be a whole number"),
+        ("batch_size: [1, 2]", "must be a whole number"),
+        ("batch_size: 1", r"batch_size=1 isn't in \[2, "),
+        ("lr: x", "--lr=x must be a number"),
+        ("lr:", "--lr=None must be a number"),
+        ("lr: .nan", "lr=nan isn't in"),
+        ("lr: -1", "lr=-1 isn't in"),
+        ("valid_fraction: 2", r"valid_fraction=2 isn't in \[0.0, 1.0\]"),
+        ("number_of_epochs: -1", "number_of_epochs=-1 isn't in"),
+        ("number_of_epochs: 1.5", "must be a whole number"),
+        ("seed: -1", "seed=-1 isn't in"),
+        ("num_workers: -2", "num_workers=-2 isn't in"),
+        ("average_checkpoints: 0", "average_checkpoints=0 isn't in"),
+        ("use_tensorboard: maybe", "must be True or False"),
+        ("dropout: 1.5", "dropout=1.5 isn't in"),
+        ("d_model: -4", "d_model=-4 isn't in"),
+        ("data_folder: 7", "data_folder=7 is no path; write ./7"),
+        ("output_folder: 2024", "output_folder=2024 is no path"),
+    ],
+)
+def test_a_wrong_value_costs_one_sentence(override, words):
+    path = HPARAMS / "conformer.yaml"
+    with pytest.raises(UserError, match=words) as caught:
+        check_values(path, plain_values(path, override), LIMITS)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_are_checked_before_the_data_are_read():
+    with pytest.raises(UserError, match="lr=-1 isn't in"):
+        prepare.resolve_data(HPARAMS / "ecapa.yaml", "lr: -1")
+
+
+@pytest.mark.parametrize("path", sorted(HPARAMS.glob("*.yaml")))
+def test_the_systems_own_values_pass(path):
+    check_values(path, plain_values(path), LIMITS)

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -213,33 +212,6 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert same(weights(finished[0]), weights(output))
 
 
-def epoch_losses(output):
-    text = (output / "train_log.txt").read_text()
-    return [float(x) for x in re.findall(r"valid loss: (\S+)", text)]
-
-
-def test_two_processes_learn_what_one_learns(data, tmp_path):
-    """Real torchrun on CPU: the same global batches, no dropout."""
-    one = command(data, tmp_path / "one", "--dropout=0")
-    assert run(one).returncode == 0
-    two = command(data, tmp_path / "two", "--dropout=0")
-    launch = ["-m", "torch.distributed.run", "--standalone"]
-    done = run([sys.executable, *launch, "--nproc_per_node=2", *two[1:]])
-    assert done.returncode == 0, done.stderr
-    results = [
-        json.loads((tmp_path / n / "results.json").read_text())
-        for n in ("one", "two")
-    ]
-    for name in ("valid", "test"):
-        accuracies = [result[name]["accuracy"] for result in results]
-        assert accuracies[0] == accuracies[1]
-    losses = [epoch_losses(tmp_path / n) for n in ("one", "two")]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02, abs=1e-3)
-    done = run(two)
-    assert done.returncode == 1
-    assert "begun with processes=2, not 1" in done.stderr
-
-
 @pytest.mark.parametrize("system", ["transformer", "ecapa"])
 def test_the_other_systems_run(data, tmp_path, system):
     output = tmp_path / "out"
@@ -295,7 +267,7 @@ MISTAKES = {
     "a speaker that mapping.json lacks": (
         lambda d: edit(
             d / "metadata.json",
-            lambda c: c["speakers"].update(id9=[first(c)]),
+            lambda c: c["speakers"].update(id9=[]),
         ),
         [],
         "speaker 'id9' is missing from mapping.json",

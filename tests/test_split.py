@@ -6,6 +6,7 @@ from corpus import make_corpus
 import prepare
 import split
 from spkid.errors import UserError
+from validate import read_corpus
 
 CHOICES = {
     "split": "session",
@@ -20,7 +21,7 @@ CHOICES = {
 
 @pytest.fixture
 def made(tmp_path):
-    corpus = prepare.read_corpus(make_corpus(tmp_path / "data"))
+    corpus = read_corpus(make_corpus(tmp_path / "data"))
     return corpus, prepare.pack_corpus(corpus, tmp_path / "packs")
 
 
@@ -135,7 +136,7 @@ def test_an_utterance_without_session_is_named(made):
 
 @pytest.mark.parametrize("name", ["session", "random"])
 def test_nothing_to_hold_out_is_said(tmp_path, name):
-    corpus = prepare.read_corpus(make_corpus(tmp_path / "d", n_utterances=1))
+    corpus = read_corpus(make_corpus(tmp_path / "d", n_utterances=1))
     pack = prepare.pack_corpus(corpus, tmp_path / "packs")
     with pytest.raises(UserError, match="nothing can be held out"):
         divide((corpus, pack), split=name)

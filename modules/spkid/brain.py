@@ -7,6 +7,7 @@ Each override says which fault of SpeechBrain 1.1 it works around; a test in
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 from pathlib import Path
@@ -23,10 +24,13 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import if_main_process
 from torch.nn.parallel import DistributedDataParallel
 
+from spkid.checkpoints import gather
 from spkid.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# How the two backends say that a peer is gone.
+LOST_PEER = re.compile("gloo|NCCL|Connection (closed|reset)|Broken pipe")
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is Slurm's
 
 
@@ -41,6 +45,8 @@ class RobustBrain(sb.Brain):
       ``nonfinite_patience`` such steps in a row end the run with advice.
     * ``max_grad_norm`` clips all parameters together; 0 or less: no clipping.
     * Batches left over at an epoch's end by gradient accumulation are used.
+    * Every utterance of a batch weighs the same, whichever rank has it, and
+      so does every utterance of an epoch in the epoch's mean loss.
 
     Arguments are those of ``speechbrain.Brain``.
 
@@ -62,15 +68,22 @@ class RobustBrain(sb.Brain):
         super().__init__(*args, **kwargs)
         self.batches_per_epoch = None
         self.skipped_steps = 0
+        self._items = self._seen = 0  # of this batch, of this epoch
         self._skipped_in_a_row = 0
         self._group_is_bad = False
         self._signal = None
 
     # --- gradient accumulation, non-finite values, clipping ---------------
 
+    def batch_size(self, batch) -> int:
+        """Items of a batch on this rank; override it for batches whose
+        ``len`` says something else."""
+        return len(batch)
+
     def fit_batch(self, batch):
         """One batch. SpeechBrain drops the batches after the last whole
-        group of ``grad_accumulation_factor``, and back-propagates NaN."""
+        group of ``grad_accumulation_factor``, back-propagates NaN, and weighs
+        ranks alike though they may have different numbers of items."""
         factor, total = self.grad_accumulation_factor, self.batches_per_epoch
         should_step = self._at_boundary()
         rest = (total or 0) % factor
@@ -82,8 +95,11 @@ class RobustBrain(sb.Brain):
             with self.training_ctx:
                 outputs = self.compute_forward(batch, sb.Stage.TRAIN)
                 loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
-            if self._agree(bool(torch.isfinite(loss))):
-                self.scaler.scale(loss / factor).backward()
+            items, mean = self._pool(loss.detach(), self.batch_size(batch))
+            if torch.isfinite(mean):
+                # What is backpropagated is averaged over the ranks.
+                share = self.batch_size(batch) * self._n_ranks() / items
+                self.scaler.scale(loss * share / factor).backward()
             else:
                 # Batch statistics have seen what isn't finite, too.
                 for buffer, before in zip(
@@ -98,7 +114,17 @@ class RobustBrain(sb.Brain):
             self.optimizers_step()
         self._group_is_bad &= not should_step
         self.on_fit_batch_end(batch, outputs, loss, should_step)
-        return loss.detach().cpu()
+        self._items = items
+        return mean
+
+    def update_average(self, loss, avg_loss):
+        """SpeechBrain's is a mean of batches, however small the last is."""
+        if self.step == 1:
+            self._seen = 0
+        if torch.isfinite(loss):
+            self._seen += self._items
+            avg_loss += (float(loss) - avg_loss) * self._items / self._seen
+        return avg_loss
 
     def optimizers_step(self):
         """One step. SpeechBrain clips the first parameter group alone, turns
@@ -124,6 +150,20 @@ class RobustBrain(sb.Brain):
         """True after the last batch of a group, where gradients are used."""
         epoch_done = self.step == self.batches_per_epoch
         return epoch_done or self.step % self.grad_accumulation_factor == 0
+
+    def _n_ranks(self):
+        if not self.distributed_launch:
+            return 1
+        return torch.distributed.get_world_size()
+
+    def _pool(self, mean, items):
+        """Items and mean loss over all ranks; what isn't finite on one of
+        them isn't in the mean."""
+        if not self.distributed_launch:
+            return items, mean.cpu()
+        sums = torch.tensor([items, float(mean) * items], device=self.device)
+        torch.distributed.all_reduce(sums)
+        return int(sums[0]), (sums[1] / sums[0]).cpu()
 
     def _agree(self, fine):
         """True if it is fine on every rank."""
@@ -153,12 +193,13 @@ class RobustBrain(sb.Brain):
         super()._save(path)
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"skipped_steps: {self.skipped_steps}\n")
+            file.write(f"seen: {self._seen}\n")
 
     @mark_as_loader
     def _recover(self, path, end_of_epoch):
         super()._recover(path, end_of_epoch)
         state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        self.skipped_steps = state["skipped_steps"]
+        self.skipped_steps, self._seen = state["skipped_steps"], state["seen"]
 
     def fit(self, epoch_counter, train_set, *args, **kwargs):
         """As ``speechbrain.Brain.fit``; signals end it with a checkpoint."""
@@ -172,6 +213,15 @@ class RobustBrain(sb.Brain):
                 continue
         try:
             super().fit(epoch_counter, train_set, *args, **kwargs)
+        except RuntimeError as error:
+            message = str(error).splitlines()[0]
+            if not (self.distributed_launch and LOST_PEER.search(message)):
+                raise
+            raise UserError(
+                f"Another process of this run has ended ({message[:120]}); "
+                "see what it said, and give the same command again: it goes "
+                "on from the last checkpoint."
+            ) from None
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -183,13 +233,14 @@ class RobustBrain(sb.Brain):
 
     def _stop_if_asked(self):
         """Ends the run by the signal's usual code, on all ranks at once."""
-        if self._agree(self._signal is None):
+        number = max(gather(self._signal or 0))  # not all ranks may have it
+        if not number:
             return
         if if_main_process():
             logger.warning(
                 "Stopped by a signal; give the same command again to go on."
             )
-        sys.exit(128 + (self._signal or signal.SIGTERM))
+        sys.exit(128 + number)
 
     def _should_save_intra_epoch_ckpt(self, *args):
         epoch_done = self.step == self.batches_per_epoch
@@ -261,6 +312,7 @@ class RobustBrain(sb.Brain):
         batches, agree at its end."""
         if not self.distributed_launch:
             self._stop_if_asked()
+        self._items = self.batch_size(batch)
         return super().evaluate_batch(batch, stage)
 
     # --- distribution -----------------------------------------------------

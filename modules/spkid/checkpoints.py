@@ -13,15 +13,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from speechbrain.utils.checkpoints import (
+    DEFAULT_SAVE_HOOKS,
+    METAFNAME,
+    PARAMFILE_EXT,
     Checkpoint,
     Checkpointer,
     average_checkpoints,
+    get_default_hook,
     mark_as_loader,
     mark_as_saver,
     register_checkpoint_hooks,
 )
 from speechbrain.utils.distributed import (
+    MainProcessContext,
     ddp_barrier,
+    ddp_broadcast,
     get_rank,
     if_main_process,
 )
@@ -53,6 +59,31 @@ def flush_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def gather(value: object) -> list:
+    """What each rank has to say, on all ranks.
+
+    Arguments
+    ---------
+    value : object
+        This rank's; anything that can be pickled.
+
+    Returns
+    -------
+    list
+        By rank.
+
+    Example
+    -------
+    >>> gather("fine")
+    ['fine']
+    """
+    if not torch.distributed.is_initialized():
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def damaged_file(folder: Path) -> Path | None:
@@ -141,56 +172,78 @@ class AtomicCheckpointer(Checkpointer):
                 for left in self.checkpoints_dir.glob(f"{prefix}*"):
                     shutil.rmtree(left, ignore_errors=True)
 
-    def _new_checkpoint_dirpath(self):
-        final = super()._new_checkpoint_dirpath()
-        return final.with_name(SAVING + final.name)
-
-    def _custom_checkpoint_dirpath(self, name):
-        final = super()._custom_checkpoint_dirpath(name)
-        return final.with_name(SAVING + final.name)
-
     def save_checkpoint(
-        self, *args, verbosity: int = logging.INFO, **kwargs
+        self,
+        meta: dict | None = None,
+        end_of_epoch: bool = True,
+        name: str | None = None,
+        verbosity: int = logging.INFO,
     ) -> Checkpoint | None:
         """Saves a checkpoint whole, or not at all.
+
+        In SpeechBrain's, a rank that can't write leaves the others waiting.
+
+        Arguments
+        ---------
+        meta : dict, optional
+            Plain values by which checkpoints are chosen.
+        end_of_epoch : bool
+            Whether the next epoch begins with it.
+        name : str, optional
+            None: a time stamp.
+        verbosity : int
+            Level at which it is logged.
 
         Returns
         -------
         Checkpoint, optional
             None where it could not be saved, and on ranks but the first.
         """
+        final = (
+            self._new_checkpoint_dirpath()
+            if name is None
+            else self._custom_checkpoint_dirpath(name)
+        )
+        final = ddp_broadcast(final)
+        part = final.with_name(SAVING + final.name)
+        files, saved, error = {}, None, None
         try:
-            # SpeechBrain's message would name the folder of before.
-            saved = super().save_checkpoint(
-                *args, verbosity=logging.DEBUG, **kwargs
-            )
-            ddp_barrier()
-            if saved is not None:
-                saved = self._publish(saved)
-                logger.log(verbosity, "Saved a checkpoint in %s", saved.path)
-        except (OSError, RuntimeError) as error:
+            part.mkdir(exist_ok=True)
+            if if_main_process():
+                meta = self._save_checkpoint_metafile(
+                    part / METAFNAME, meta or {}, end_of_epoch
+                )
+            with MainProcessContext():  # in it, no rank waits for another
+                for key, part_of_run in self.recoverables.items():
+                    save = self.custom_save_hooks.get(key) or get_default_hook(
+                        part_of_run, DEFAULT_SAVE_HOOKS
+                    )
+                    files[key] = final / f"{key}{PARAMFILE_EXT}"
+                    save(part_of_run, part / files[key].name)
+            flush_folder(part)
+        except (OSError, RuntimeError) as caught:
             # torch.save reports a full disk as a RuntimeError.
-            if not if_main_process():
-                raise
-            for part in self.checkpoints_dir.glob(f"{SAVING}*"):
+            error = str(caught).splitlines()[0]
+        errors = [e for e in gather(error) if e is not None]
+        if if_main_process():
+            try:
+                if not errors:
+                    os.replace(part, final)
+                    flush_folder(self.checkpoints_dir)
+                    saved = Checkpoint(final, meta, files)
+                    logger.log(verbosity, "Saved a checkpoint in %s", final)
+            except OSError as caught:
+                errors = [str(caught)]
+            if errors:
                 shutil.rmtree(part, ignore_errors=True)
-            logger.error(
-                "%s: a checkpoint could not be saved (%s); the run goes on "
-                "and keeps the last good one. Free some space.",
-                self.checkpoints_dir,
-                str(error).splitlines()[0],
-            )
-            saved = None
+                logger.error(
+                    "%s: a checkpoint could not be saved (%s); the run goes "
+                    "on and keeps the last good one. Free some space.",
+                    self.checkpoints_dir,
+                    errors[0],
+                )
         ddp_barrier()
         return saved
-
-    def _publish(self, saved):
-        flush_folder(saved.path)
-        final = saved.path.with_name(saved.path.name.removeprefix(SAVING))
-        os.replace(saved.path, final)
-        flush_folder(self.checkpoints_dir)
-        files = {name: final / p.name for name, p in saved.paramfiles.items()}
-        return Checkpoint(final, saved.meta, files)
 
     @staticmethod
     def _delete_checkpoint(checkpoint, verbosity=logging.INFO):

@@ -17,6 +17,13 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 _PlainLoader.add_multi_constructor("!", lambda loader, tag, node: None)
+# HyperPyYAML reads YAML 1.2, where 1e-3 is a number; PyYAML reads 1.1.
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
 
 
 def plain_values(
@@ -75,6 +82,7 @@ def plain_values(
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean --{near[0]}?" if near else "see its keys."
             raise UserError(f"{path}: has no key '{key}' to override; {hint}")
+        _check_kind(key, given[key], type(known[key]))
     if only_given:
         return given
     try:
@@ -82,6 +90,51 @@ def plain_values(
     except Exception as error:
         raise UserError(f"{path}: {error}") from None
     return yaml.load(resolved, _PlainLoader)
+
+
+def _check_kind(key, value, kind):
+    """A value is of the kind that the YAML file's own one has."""
+    kinds = (int, float) if kind is float else (kind,)
+    if kind in KINDS and type(value) not in kinds:
+        raise UserError(f"--{key}={value} must be {KINDS[kind]}.")
+
+
+def check_values(
+    path: str | Path, values: dict, limits: dict[str, tuple[float, float]]
+) -> None:
+    """Raises UserError for a number out of its limits or a folder that is
+    none.
+
+    Arguments
+    ---------
+    path : str or pathlib.Path
+        The YAML file that is to blame.
+    values : dict
+        From :func:`plain_values`.
+    limits : dict
+        Key to the lowest and the highest value, both allowed; floats: any
+        number between them. Keys that the file lacks don't matter.
+
+    Example
+    -------
+    >>> check_values("a.yaml", {"lr": 0.1}, {"lr": (0.0, 1.0)})
+    """
+    for key, (low, high) in limits.items():
+        value = values.get(key)
+        if value is None:
+            continue
+        kind = float if isinstance(low + high, float) else int
+        _check_kind(key, value, kind)
+        if not low <= value <= high:
+            raise UserError(
+                f"{path}: {key}={value} isn't in [{low}, {high}]; correct it "
+                f"there, or give another --{key}."
+            )
+    for key, value in values.items():
+        if key.endswith("_folder") and not isinstance(value, str | None):
+            raise UserError(
+                f"{path}: {key}={value} is no path; write ./{value} if it is."
+            )
 
 
 def load_hparams(path: str | Path, overrides: str = "") -> dict:
@@ -113,5 +166,5 @@ def load_hparams(path: str | Path, overrides: str = "") -> dict:
     try:
         with open(path, encoding="utf-8") as file:
             return load_hyperpyyaml(file, overrides)
-    except (ValueError, TypeError, ImportError, AttributeError) as error:
+    except Exception as error:  # whatever an object says of its values
         raise UserError(f"{path}: {error}") from None

@@ -98,7 +98,12 @@ def load_feature_file(path: Path, n_mels: int, length: int) -> np.ndarray:
             f"{path}: not a readable feature file "
             f"({type(error).__name__}); make or download it again."
         ) from None
-    if not (torch.is_tensor(features) and features.is_floating_point()):
+    if not (
+        torch.is_tensor(features)
+        and features.is_floating_point()
+        and features.layout is torch.strided  # not sparse
+        and features.is_cpu  # not of the device "meta", without values
+    ):
         raise UserError(f"{path}: holds no float tensor.")
     if features.ndim != 2 or features.shape[1] != n_mels:
         raise UserError(
@@ -112,7 +117,7 @@ def load_feature_file(path: Path, n_mels: int, length: int) -> np.ndarray:
         )
     if not torch.isfinite(features).all():
         raise UserError(f"{path}: has values that are NaN or infinite.")
-    return features.to(torch.float32).numpy()
+    return features.detach().to(torch.float32).numpy()
 
 
 def _side_folder(folder):

@@ -20,6 +20,7 @@ from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import UserError, run_command
 from spkid.hparams import load_hparams
 from train import WEIGHTS, SpeakerBrain
+from validate import manifest, read_corpus
 
 # The run's loggers and checkpoints are not touched.
 UNUSED = "checkpointer: null\ntrain_logger: null"
@@ -70,7 +71,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default=None)
     args = parser.parse_args(arguments)
     hparams = load_run(args.output_folder)
-    corpus = prepare.read_corpus(args.data_folder or hparams["data_folder"])
+    corpus = read_corpus(
+        args.data_folder or hparams["data_folder"],
+        hparams["on_bad_file"],
+        hparams["max_bad_share"],
+    )
     if corpus.n_mels != hparams["n_mels"]:
         raise UserError(
             f"{corpus.folder / 'metadata.json'}: n_mels is {corpus.n_mels}, "
@@ -83,7 +88,7 @@ def main(arguments: list[str]) -> None:
             f"{speakers}; give the mapping.json that the run was trained with."
         )
     pack = prepare.pack_corpus(corpus, hparams["pack_folder"])
-    manifests = {"test": prepare.manifest(corpus.test)}
+    manifests = {"test": manifest(corpus.test)}
     encoder = label_encoder(corpus.speakers)
     datasets = make_datasets(hparams, manifests, pack, encoder)
     brain = SpeakerBrain(
@@ -96,7 +101,7 @@ def main(arguments: list[str]) -> None:
     prepare.write_submission(corpus, brain.scores, target)
     accuracy = brain.result["accuracy"]
     known = "unknown" if accuracy is None else f"{accuracy:.4f}"
-    print(f"Test accuracy {known}\n{target}: {len(corpus.test)} rows")
+    print(f"Test accuracy {known}\n{target}: {len(corpus.test_paths)} rows")
 
 
 if __name__ == "__main__":

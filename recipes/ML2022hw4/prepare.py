@@ -1,248 +1,41 @@
 """From mapping.json, metadata.json and testdata.json to manifests and a pack.
 
-Usage: python prepare.py DATA_FOLDER      (checks a data folder, packs it)
+Usage: python prepare.py DATA_FOLDER [--on_bad_file stop | skip]
+                         [--max_bad_share 0.05] [--pack_folder DIR]
 
-``train.py`` does the same by itself before it trains.
+Checks a data folder and packs it; ``train.py`` does the same by itself before
+it trains.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import io
 import json
+import logging
 import os
-import sys
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from pathlib import Path
 
 import mini_corpus
 from spkid.checkpoints import save_atomically
-from spkid.errors import UserError, run_command
-from spkid.hparams import plain_values
+from spkid.errors import UserError, run_command, table
+from spkid.hparams import check_values, plain_values
 from spkid.packed import PackedFeatures
 from spkid.scoring import Score
+from validate import (
+    LIMITS,
+    Corpus,
+    read_corpus,
+    unusable,
+)
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_DATA = ROOT / "data"
-
-
-@dataclass
-class Utterance:
-    """One feature file: its path in the data folder, its frames, its name."""
-
-    path: str
-    length: int
-    speaker: str | None = None
-
-
-@dataclass
-class Corpus:
-    """What the JSON files of a data folder say, checked."""
-
-    folder: Path
-    n_mels: int
-    speakers: list[str]  # by class index
-    labelled: list[Utterance] = field(default_factory=list)
-    test: list[Utterance] = field(default_factory=list)
-    has_test_labels: bool = False
-
-    def digest(self) -> str:
-        """32 hexadecimal digits that say which data these are."""
-        content = [self.n_mels, self.speakers]
-        content += [manifest(part) for part in (self.labelled, self.test)]
-        text = json.dumps(content).encode()
-        return hashlib.blake2b(text, digest_size=16).hexdigest()
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object without duplicate keys.
-
-    Arguments
-    ---------
-    path : pathlib.Path
-        The file.
-
-    Returns
-    -------
-    dict
-
-    Raises
-    ------
-    UserError
-        If it is missing, isn't JSON, isn't an object or repeats a key.
-    """
-
-    def no_duplicates(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise UserError(f"{path}: key '{twice}' stands there twice.")
-        return found
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=no_duplicates)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: the file is missing; --data_folder must name the folder "
-            "with mapping.json, metadata.json and testdata.json."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, no object.")
-    return content
-
-
-def _get(content, key, kind, path):
-    if key not in content:
-        raise UserError(f"{path}: key '{key}' is missing.")
-    value = content[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(
-            f"{path}: key '{key}' is a {type(value).__name__}, "
-            f"not a {kind.__name__}."
-        )
-    return value
-
-
-def _utterance(entry, speaker, where):
-    """One entry of a list of utterances, checked."""
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: {str(entry)[:60]!r} is no object.")
-    name = _get(entry, "feature_path", str, where)
-    length = _get(entry, "mel_len", int, where)
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    if not parts or name[0] in "/\\" or ".." in parts or ":" in parts[0]:
-        raise UserError(
-            f"{where}: feature_path {name!r} leaves the data folder; "
-            "give a path inside it."
-        )
-    if not 0 < length < 10_000_000:
-        raise UserError(
-            f"{where}: mel_len of {name!r} is {length}; give its frames."
-        )
-    return Utterance(name, length, speaker)
-
-
-def _read_speakers(path):
-    """Speakers by class index: mapping.json alone decides."""
-    mapping = read_json(path)
-    indices = _get(mapping, "speaker2id", dict, path)
-    if not indices:
-        raise UserError(f"{path}: key 'speaker2id' is empty.")
-    speakers = sorted(indices, key=lambda name: str(indices[name]).zfill(12))
-    if [indices[name] for name in speakers] != list(range(len(indices))):
-        raise UserError(
-            f"{path}: the values of 'speaker2id' must be the whole numbers "
-            f"from 0 to {len(indices) - 1}, each once."
-        )
-    names = _get(mapping, "id2speaker", dict, path)
-    if names != {str(i): name for i, name in enumerate(speakers)}:
-        raise UserError(
-            f"{path}: 'id2speaker' is not the inverse of 'speaker2id'."
-        )
-    return speakers
-
-
-def read_corpus(folder: str | Path) -> Corpus:
-    """Reads and checks the JSON files of a data folder.
-
-    Arguments
-    ---------
-    folder : str or pathlib.Path
-        Holds mapping.json, metadata.json and testdata.json, and
-        testlabels.json (feature path to speaker) where the test's labels are
-        known.
-
-    Returns
-    -------
-    Corpus
-
-    Raises
-    ------
-    UserError
-        For the first thing that is wrong, naming its file and key.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: there is no such folder; --data_folder must name the "
-            "folder with mapping.json, metadata.json and testdata.json."
-        )
-    speakers = _read_speakers(folder / "mapping.json")
-    path = folder / "metadata.json"
-    metadata = read_json(path)
-    corpus = Corpus(folder, _get(metadata, "n_mels", int, path), speakers)
-    listed = _get(metadata, "speakers", dict, path)
-    for speaker in listed:
-        if speaker not in set(speakers):
-            raise UserError(
-                f"{path}: speaker {speaker!r} is missing from mapping.json's "
-                "'speaker2id'; add it there, or remove it here."
-            )
-        for entry in _get(listed, speaker, list, path):
-            corpus.labelled.append(
-                _utterance(entry, speaker, f"{path}, {speaker}")
-            )
-    missing = [s for s in speakers if not listed.get(s)]
-    if missing:
-        raise UserError(
-            f"{path}: speaker {missing[0]!r} of mapping.json has no utterance "
-            f"({len(missing)} such); add some, or remove it from mapping.json."
-        )
-    path = folder / "testdata.json"
-    testdata = read_json(path)
-    if _get(testdata, "n_mels", int, path) != corpus.n_mels:
-        raise UserError(f"{path}: n_mels isn't metadata.json's.")
-    labels_path = folder / "testlabels.json"
-    labels = read_json(labels_path) if labels_path.exists() else None
-    for entry in _get(testdata, "utterances", list, path):
-        utterance = _utterance(entry, None, path)
-        if labels is not None:
-            utterance.speaker = _get(labels, utterance.path, str, labels_path)
-            if utterance.speaker not in set(speakers):
-                raise UserError(
-                    f"{labels_path}: speaker {utterance.speaker!r} is missing "
-                    "from mapping.json."
-                )
-        corpus.test.append(utterance)
-    corpus.has_test_labels = labels is not None
-    _check_files(corpus)
-    return corpus
-
-
-def _check_files(corpus):
-    """Each path once; each file there, inside the folder, links included."""
-    seen = set()
-    root = os.path.realpath(corpus.folder)
-    parents = {}
-    for utterance in corpus.labelled + corpus.test:
-        if utterance.path in seen:
-            raise UserError(
-                f"{corpus.folder}: feature_path {utterance.path!r} is listed "
-                "twice in metadata.json and testdata.json; keep one."
-            )
-        seen.add(utterance.path)
-        file = os.path.join(root, utterance.path)
-        parent = os.path.dirname(file)
-        if parent not in parents:
-            parents[parent] = os.path.realpath(parent)
-        real = os.path.join(parents[parent], os.path.basename(file))
-        if os.path.islink(real):
-            real = os.path.realpath(real)
-        if os.path.commonpath((root, real)) != root:
-            raise UserError(
-                f"{file}: is a link that leaves the data folder; copy the "
-                "file into it."
-            )
-        if not os.path.isfile(real):
-            raise UserError(
-                f"{file}: the feature file is missing, though the JSON lists "
-                "it; download the data again, or remove the entry."
-            )
 
 
 def pack_corpus(
@@ -253,43 +46,71 @@ def pack_corpus(
     Arguments
     ---------
     corpus : Corpus
-        The data; every file is checked while it is packed.
+        The data; every file is checked while it is packed. Files that can't
+        be used are left out of it, too, if it allows that.
     pack_folder : str or pathlib.Path, optional
         Where the packs are kept; None: data/packs of this project.
 
     Returns
     -------
     PackedFeatures
+
+    Raises
+    ------
+    UserError
+        For all files that can't be used, unless they may be skipped.
     """
     place = os.path.realpath(corpus.folder)
     name = hashlib.blake2b(place.encode(), digest_size=4).hexdigest()
     packs = Path(pack_folder) if pack_folder else DEFAULT_DATA / "packs"
     utterances = corpus.labelled + corpus.test
-    return PackedFeatures.build(
+    n_bad = 0
+
+    def left_out(_path, _error):
+        nonlocal n_bad
+        n_bad += 1
+        if n_bad == len(utterances):  # there is no pack of nothing
+            corpus.leave_out(unusable(corpus.folder, utterances, corpus.n_mels))
+
+    pack = PackedFeatures.build(
         packs / f"{os.path.basename(place)}-{name}",
         corpus.folder,
         [u.path for u in utterances],
         [u.length for u in utterances],
         corpus.n_mels,
+        on_error=left_out,
     )
+    # The pack of an earlier attempt lacks the bad ones, too: they are opened
+    # again for what is wrong with them.
+    absent = [u for u in utterances if u.path not in pack.row]
+    bad = unusable(corpus.folder, absent, corpus.n_mels)
+    if len(bad) < len(absent):
+        raise UserError(
+            f"{pack.file.parent}: lacks files that can be read now; delete it "
+            "to have it rebuilt."
+        )
+    corpus.leave_out(bad)
+    _warn_of_twins(corpus, pack)
+    return pack
 
 
-def manifest(utterances: list[Utterance]) -> dict[str, dict]:
-    """Utterances in SpeechBrain's form.
-
-    Arguments
-    ---------
-    utterances : list of Utterance
-        In the order to keep.
-
-    Returns
-    -------
-    dict
-        Feature path to ``length`` (frames) and ``spk_id`` (a name, or None).
-    """
-    return {
-        u.path: {"length": u.length, "spk_id": u.speaker} for u in utterances
-    }
+def _warn_of_twins(corpus, pack):
+    """Says which files hold the same features under several names."""
+    seen, twins = {}, []
+    for row, path in enumerate(pack.paths):
+        key = int(pack.lengths[row]), int(pack.checksums[row])
+        if seen.setdefault(key, path) != path:
+            twins.append((seen[key], path))
+    if twins:
+        first, second = twins[0]
+        logger.warning(
+            "%s: %d feature files hold what another one holds (%s and %s, "
+            "...); copies flatter what is measured on them.",
+            corpus.folder,
+            len(twins),
+            second,
+            first,
+        )
 
 
 def resolve_data(
@@ -310,6 +131,7 @@ def resolve_data(
         The corpus, its pack, and the overrides with what the data decide.
     """
     plain = plain_values(hparams_file, overrides)
+    check_values(hparams_file, plain, LIMITS)
     given = plain_values(hparams_file, overrides, only_given=True)
     for key in ("n_speakers", "n_mels"):
         if key in given:
@@ -318,7 +140,7 @@ def resolve_data(
     if folder is None:
         print("No --data_folder: the embedded mini corpus is used.", flush=True)
         folder = mini_corpus.build(DEFAULT_DATA / "mini")
-    corpus = read_corpus(folder)
+    corpus = read_corpus(folder, plain["on_bad_file"], plain["max_bad_share"])
     decided = {"n_speakers": len(corpus.speakers), "n_mels": corpus.n_mels}
     if "data_folder" not in given:
         decided["data_folder"] = str(folder)
@@ -332,6 +154,9 @@ def write_submission(
 ) -> None:
     """Writes the competition's CSV, in the order of testdata.json.
 
+    A test utterance that was skipped gets the speaker with most training
+    utterances, since the competition wants a row for each.
+
     Arguments
     ---------
     corpus : Corpus
@@ -341,21 +166,40 @@ def write_submission(
     path : str or pathlib.Path
         The CSV file.
     """
+    counts = Counter(utterance.speaker for utterance in corpus.labelled)
+    ((commonest, _),) = counts.most_common(1)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["Id", "Category"])
-    for utterance in corpus.test:
-        guess = scores[utterance.path].guess
-        writer.writerow([utterance.path, corpus.speakers[guess]])
+    for name in corpus.test_paths:
+        scored = name in scores
+        guess = corpus.speakers[scores[name].guess] if scored else commonest
+        writer.writerow([name, guess])
+    if len(corpus.test_paths) > len(corpus.test):
+        logger.warning(
+            "%s: %d test utterances could not be read; their rows say %s, who "
+            "has most training utterances.",
+            path,
+            len(corpus.test_paths) - len(corpus.test),
+            commonest,
+        )
     save_atomically(text.getvalue(), path)
 
 
 def main(arguments: list[str]) -> None:
     """Checks and packs a data folder."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        sys.exit(__doc__.strip())
-    corpus = read_corpus(arguments[0])
-    pack = pack_corpus(corpus)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("data_folder", type=Path)
+    parser.add_argument("--on_bad_file", default="stop")
+    parser.add_argument("--max_bad_share", type=float, default=0.05)
+    parser.add_argument("--pack_folder", type=Path)
+    args = parser.parse_args(arguments)
+    corpus = read_corpus(args.data_folder, args.on_bad_file, args.max_bad_share)
+    pack = pack_corpus(corpus, args.pack_folder)
+    if corpus.skipped:
+        print(f"Skipped:\n{table(corpus.skipped)}")
     print(
         f"{corpus.folder} is in order: {len(corpus.speakers)} speakers, "
         f"{len(corpus.labelled)} labelled and {len(corpus.test)} test "

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from prepare import Corpus, manifest, read_json
 from spkid.checkpoints import save_atomically
 from spkid.errors import UserError
 from spkid.packed import PackedFeatures
@@ -25,6 +24,7 @@ from spkid.sessions import (
     known_sessions,
     pack_fingerprints,
 )
+from validate import Corpus, manifest, read_json
 
 SPLITS = ("session", "folds", "random", "none")
 # The keys of the YAML file that decide a split.

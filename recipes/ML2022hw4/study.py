@@ -34,6 +34,7 @@ from predict import load_run
 from spkid.checkpoints import save_atomically
 from spkid.errors import UserError, run_command
 from spkid.lengths import relative_lengths
+from validate import read_corpus, read_json
 
 HERE = Path(__file__).resolve().parent
 SYSTEM = HERE / "hparams" / "conformer.yaml"
@@ -240,14 +241,14 @@ class Run:
         self.hparams = load_run(folder)
         for module in self.hparams["modules"].values():
             module.eval()
-        corpus = prepare.read_corpus(self.hparams["data_folder"])
+        corpus = read_corpus(self.hparams["data_folder"])
         self.speakers = corpus.speakers
         place = pack_folder or self.hparams["pack_folder"]
         self.pack = prepare.pack_corpus(corpus, place)
         manifests = Path(self.hparams["manifest_folder"])
         self.parts = {}
         for name in ("train", "valid", "test"):
-            entries = prepare.read_json(manifests / f"{name}.json")
+            entries = read_json(manifests / f"{name}.json")
             for key, entry in entries.items():
                 if entry["spk_id"] is not None:
                     part = entry.get("part", name)

@@ -9,6 +9,7 @@ same command, given again, goes on where it was stopped.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -22,10 +23,11 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 import prepare
 import split
+from validate import read_json
 from spkid.brain import RobustBrain
 from spkid.checkpoints import RunState, check_identity, save_atomically
 from spkid.dataio import label_encoder, make_datasets, make_loaders
-from spkid.errors import run_command
+from spkid.errors import run_command, table
 from spkid.hparams import load_hparams
 from spkid.lengths import absolute_lengths
 from spkid.scoring import (
@@ -108,10 +110,9 @@ class SpeakerBrain(RobustBrain):
         self.result = summarize_parts(self.scores, self.parts)
         if stage == sb.Stage.TEST:
             return
-        loggers = [self.hparams.train_logger]
-        if self.hparams.use_tensorboard and if_main_process():
-            loggers.append(self.hparams.tensorboard_logger())
-        for train_logger in loggers:
+        # Before the checkpoint: an epoch that is repeated is logged again,
+        # which replaces its line.
+        for train_logger in self.hparams.loggers:
             train_logger.log_stats(
                 {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
                 {"loss": self.train_loss},
@@ -150,7 +151,9 @@ def run_identity(hparams, corpus):
 
 def make_brain(hparams, run_opts, corpus, pack, identity):
     """A Brain and its loaders, ready to fit or to evaluate."""
-    modules = hparams["modules"]
+    modules, hparams["loggers"] = hparams["modules"], [hparams["train_logger"]]
+    if hparams["use_tensorboard"]:
+        hparams["loggers"].append(hparams["tensorboard_logger"]())
     run_state = RunState(identity)
     hparams["checkpointer"].add_recoverable("run_state", run_state)
     brain = SpeakerBrain(
@@ -215,7 +218,7 @@ def main(arguments: list[str]) -> None:
     identity = run_identity(hparams, corpus)
     if (output / "run.json").exists():
         # Before anything of the earlier run is overwritten.
-        begun = prepare.read_json(output / "run.json")
+        begun = read_json(output / "run.json")
         check_identity(output / "run.json", begun, identity)
     sb.create_experiment_directory(
         experiment_directory=str(output),
@@ -225,18 +228,25 @@ def main(arguments: list[str]) -> None:
     sys.excepthook = sys.__excepthook__
     if if_main_process():
         save_atomically(json.dumps(identity, indent=1), output / "run.json")
+        if corpus.skipped:
+            save_atomically(table(corpus.skipped, None), output / "skipped.txt")
     sb.utils.distributed.run_on_main(
         split.write_manifests,
         [corpus, pack, hparams["manifest_folder"], hparams],
     )
     brain, loaders = make_brain(hparams, run_opts, corpus, pack, identity)
     if if_main_process():
+        skipped = (
+            f"\n{len(corpus.skipped)} feature files are skipped; see "
+            f"{output / 'skipped.txt'}"
+        ) if corpus.skipped else ""
         print(
             f"{len(corpus.speakers)} speakers, "
             f"{len(loaders['train'].dataset)} training, "
             f"{len(loaders['valid'].dataset)} validation and "
             f"{len(corpus.test)} test utterances from "
-            f"{corpus.folder}\nResults go to {output}",
+            f"{corpus.folder}"
+            f"{skipped}\nResults go to {output}",
             flush=True,
         )
     if brain.distributed_launch:
@@ -254,10 +264,11 @@ def main(arguments: list[str]) -> None:
         print("The debug run has passed; it leaves no results.")
     if brain.debug or not if_main_process():
         return
-    (output / "model").mkdir(exist_ok=True)
     for name in WEIGHTS:
-        weights = hparams[name].state_dict()
-        torch.save(weights, output / "model" / f"{name}.ckpt")
+        weights = io.BytesIO()
+        torch.save(hparams[name].state_dict(), weights)
+        path = output / "model" / f"{name}.ckpt"
+        save_atomically(weights.getvalue(), path)
     results |= {
         "system": Path(hparams_file).stem,
         "data_folder": str(corpus.folder),

@@ -1,0 +1,109 @@
+"""SpeechBrain's loggers for runs that are killed and go on."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from speechbrain.utils.distributed import main_process_only
+from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
+
+from spkid.checkpoints import save_atomically
+from spkid.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class EpochLogger(FileTrainLogger):
+    """A text file with one line for each epoch.
+
+    SpeechBrain's appends, so that an epoch which is validated again, after a
+    kill, has two lines. Here its line replaces the one before. What could not
+    be written (a full disk) is written with the next epoch's line. Arguments
+    as in SpeechBrain.
+
+    Example
+    -------
+    >>> log = EpochLogger(getfixture("tmp_path") / "log.txt")
+    >>> for loss in (0.5, 0.25):
+    ...     log.log_stats({"epoch": 1}, {"loss": loss})
+    >>> log.save_file.read_text()
+    'epoch: 1 - train loss: 2.50e-01\\n'
+    """
+
+    def __init__(self, save_file: str | Path, precision: int = 2) -> None:
+        super().__init__(save_file, precision)
+        self.lines = None
+
+    def _read(self):
+        try:
+            lines = Path(self.save_file).read_text("utf-8").splitlines()
+        except OSError:
+            return {}
+        found = [(re.match(r"epoch: (\d+)", line), line) for line in lines]
+        return {int(match[1]): line for match, line in found if match}
+
+    @main_process_only
+    def log_stats(
+        self,
+        stats_meta: dict,
+        train_stats: dict | None = None,
+        valid_stats: dict | None = None,
+        test_stats: dict | None = None,
+        verbose: bool = True,
+    ) -> None:
+        """As SpeechBrain's; ``stats_meta`` must have "epoch"."""
+        parts = {"train": train_stats, "valid": valid_stats, "test": test_stats}
+        line = " - ".join(
+            self._stats_to_string(stats, name)
+            for name, stats in [(None, stats_meta), *parts.items()]
+            if stats is not None
+        )
+        if self.lines is None:
+            self.lines = self._read()
+        epoch = stats_meta["epoch"]
+        self.lines = {n: text for n, text in self.lines.items() if n < epoch}
+        self.lines[epoch] = line
+        try:
+            save_atomically(
+                "\n".join(self.lines.values()) + "\n", self.save_file
+            )
+        except UserError as error:
+            logger.error("%s The run itself goes on.", error)
+        if verbose:
+            logger.info(line)
+
+
+class EpochTensorboardLogger(TensorboardLogger):
+    """TensorBoard's curves over epochs.
+
+    SpeechBrain's counts its own calls, from 1 again when a run goes on.
+    Arguments as in SpeechBrain.
+
+    Example
+    -------
+    >>> log = EpochTensorboardLogger(getfixture("tmp_path"))
+    >>> log.log_stats({"epoch": 7}, {"loss": 0.5})
+    >>> log.global_step["train"]
+    {'loss': 7}
+    """
+
+    @main_process_only
+    def log_stats(
+        self,
+        stats_meta: dict,
+        train_stats: dict | None = None,
+        valid_stats: dict | None = None,
+        test_stats: dict | None = None,
+        verbose: bool = False,
+    ) -> None:
+        """As SpeechBrain's; ``stats_meta`` must have "epoch"."""
+        before = stats_meta["epoch"] - 1  # SpeechBrain adds 1
+        parts = {"train": train_stats, "valid": valid_stats, "test": test_stats}
+        self.global_step = {"meta": before} | {
+            name: dict.fromkeys(stats or (), before)
+            for name, stats in parts.items()
+        }
+        super().log_stats(stats_meta, *parts.values(), verbose)
+        self.writer.flush()
