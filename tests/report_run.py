@@ -81,13 +81,15 @@ def make_run(
         row = {
             "epoch": epoch,
             "lr": 1e-3 * float(np.cos(epoch / 20 * np.pi / 2)),
-            "train_loss": float(8 - 7.5 * done),
-            "accuracy": results["valid"]["accuracy"] * float(done),
-            "loss": float(6 - 5 * done),
+            "train loss": float(8 - 7.5 * done),
+            "valid accuracy": results["valid"]["accuracy"] * float(done),
+            "valid loss": float(6 - 5 * done),
         }
         if "known" in scores:
-            row["known_accuracy"] = scores["known"]["accuracy"] * float(done)
-            row["known_loss"] = float(6 - 5.5 * done)
+            row["valid known_accuracy"] = scores["known"]["accuracy"] * float(
+                done
+            )
+            row["valid known_loss"] = float(6 - 5.5 * done)
         history.append(row)
     split = {
         "sessions": "inferred from the features",

@@ -145,7 +145,7 @@ def test_sessions_and_epochs_are_told(run):
     assert ["1", "2", "187", "0", "2"] in rows  # of speakers 0 and 7
     assert ["6", "1", "95", "9", "0"] in rows  # of speaker 5
     assert "<li>id00000: one session, nothing can be held out.</li>" in page
-    best = json.loads((run / "history.json").read_text())[-1]["accuracy"]
+    best = json.loads((run / "history.json").read_text())[-1]["valid accuracy"]
     said = f"Best on new sessions: {100 * best:.1f} %, in epoch 20 of 20."
     assert said in page.replace("\N{NO-BREAK SPACE}", " ")
 
@@ -225,7 +225,7 @@ def test_unlabelled_utterances_are_left_out(tmp_path):
 def test_smallest_evaluation_has_a_report(tmp_path, n):
     """One speaker, no mistake, one epoch without validation, no name."""
     folder = make_run(tmp_path / "run", n_speakers=1, sizes={"new": n})
-    row = {"epoch": 1, "lr": 0.1, "train_loss": 1.0, "accuracy": None}
+    row = {"epoch": 1, "lr": 0.1, "train loss": 1.0, "valid accuracy": None}
     (folder / "history.json").write_text(json.dumps([row]))
     (folder / "speakers.txt").unlink()
     page = write(folder)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import re
 from pathlib import Path
 
 from speechbrain.utils.distributed import main_process_only
@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 
 class EpochLogger(FileTrainLogger):
-    """A text file with one line for each epoch.
+    """A text file with one line for each epoch, and ``history.json`` beside
+    it with the same figures.
 
     SpeechBrain's appends, so that an epoch which is validated again, after a
     kill, has two lines. Here its line replaces the one before. What could not
@@ -34,15 +35,26 @@ class EpochLogger(FileTrainLogger):
 
     def __init__(self, save_file: str | Path, precision: int = 2) -> None:
         super().__init__(save_file, precision)
-        self.lines = None
+        self.history = Path(save_file).with_name("history.json")
+        self.rows = None
 
     def _read(self):
         try:
-            lines = Path(self.save_file).read_text("utf-8").splitlines()
-        except OSError:
-            return {}
-        found = [(re.match(r"epoch: (\d+)", line), line) for line in lines]
-        return {int(match[1]): line for match, line in found if match}
+            rows = json.loads(self.history.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        return rows
+
+    def _line(self, row):
+        parts = {None: {}, "train": {}, "valid": {}, "test": {}}
+        for key, value in row.items():
+            part, _, name = key.rpartition(" ")
+            parts[part or None][name] = value
+        return " - ".join(
+            self._stats_to_string(stats, part)
+            for part, stats in parts.items()
+            if stats
+        )
 
     @main_process_only
     def log_stats(
@@ -55,24 +67,20 @@ class EpochLogger(FileTrainLogger):
     ) -> None:
         """As SpeechBrain's; ``stats_meta`` must have "epoch"."""
         parts = {"train": train_stats, "valid": valid_stats, "test": test_stats}
-        line = " - ".join(
-            self._stats_to_string(stats, name)
-            for name, stats in [(None, stats_meta), *parts.items()]
-            if stats is not None
-        )
-        if self.lines is None:
-            self.lines = self._read()
-        epoch = stats_meta["epoch"]
-        self.lines = {n: text for n, text in self.lines.items() if n < epoch}
-        self.lines[epoch] = line
+        row = dict(stats_meta)
+        for part, stats in parts.items():
+            row |= {f"{part} {key}": v for key, v in (stats or {}).items()}
+        if self.rows is None:
+            self.rows = self._read()
+        self.rows = [r for r in self.rows if r["epoch"] < row["epoch"]] + [row]
+        lines = [self._line(row) for row in self.rows]
         try:
-            save_atomically(
-                "\n".join(self.lines.values()) + "\n", self.save_file
-            )
+            save_atomically("\n".join(lines) + "\n", self.save_file)
+            save_atomically(json.dumps(self.rows, indent=1), self.history)
         except UserError as error:
             logger.error("%s The run itself goes on.", error)
         if verbose:
-            logger.info(line)
+            logger.info(lines[-1])
 
 
 class EpochTensorboardLogger(TensorboardLogger):

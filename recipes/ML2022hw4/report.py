@@ -30,6 +30,7 @@ from report_evaluation import (
 from spkid.checkpoints import save_atomically
 from spkid.errors import UserError, run_command
 
+ACCURACY = "valid accuracy"  # in history.json
 MEANING = {
     "new": "Recordings of sessions that the model never heard. This number "
     "predicts the test.",
@@ -78,27 +79,27 @@ def training(history: list[dict], first: str) -> str:
 
     def accuracies(canvas):
         axes = canvas.subplots()
-        new = plot(axes, "accuracy", curve(first, len(epochs)))
-        known = plot(axes, "known_accuracy", curve("known", len(epochs)))
+        new = plot(axes, ACCURACY, curve(first, len(epochs)))
+        known = plot(axes, "valid known_accuracy", curve("known", len(epochs)))
         axes.fill_between(epochs, new, known, color=GREY, alpha=0.15, lw=0)
         axes.set(xlabel="epoch", ylabel="accuracy")
         percent_ticks(axes)
 
     def losses(canvas):
         upper, lower = canvas.subplots(2, sharex=True, height_ratios=(2, 1))
-        plot(upper, "loss", curve(first, len(epochs)))
-        plot(upper, "known_loss", curve("known", len(epochs)))
-        plot(upper, "train_loss", grey)
+        plot(upper, "valid loss", curve(first, len(epochs)))
+        plot(upper, "valid known_loss", curve("known", len(epochs)))
+        plot(upper, "train loss", grey)
         plot(lower, "lr", grey)
         upper.set(ylabel="loss")
         lower.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
 
     said = f"{len(epochs)} epochs."
-    scored = [row for row in history if row.get("accuracy") is not None]
+    scored = [row for row in history if row.get(ACCURACY) is not None]
     if scored:
-        best = max(scored, key=lambda row: row["accuracy"])
+        best = max(scored, key=lambda row: row[ACCURACY])
         said = (
-            f"Best on {PARTS[first][0]}: {percent(best['accuracy'])}, in "
+            f"Best on {PARTS[first][0]}: {percent(best[ACCURACY])}, in "
             f"epoch {best['epoch']} of {epochs[-1]}."
         )
     caption = (
