@@ -6,6 +6,7 @@ import pytest
 from corpus import make_corpus
 
 import prepare
+from results import write_submission
 from spkid.scoring import Score
 
 
@@ -42,7 +43,7 @@ def test_the_submission_keeps_odd_names_whole(data, tmp_path):
     corpus = prepare.read_corpus(data)
     corpus.speakers[0] = 'a "comma", too'
     scores = {u.path: Score(0, -1, 0.0) for u in corpus.test}
-    prepare.write_submission(corpus, scores, tmp_path / "s.csv")
+    write_submission(corpus, scores, tmp_path / "s.csv")
     import csv
 
     with open(tmp_path / "s.csv", newline="") as file:

@@ -82,6 +82,27 @@ def finished(data, tmp_path_factory):
     return output, done
 
 
+def test_a_final_fit_trains_on_all_for_as_many_steps(data, tmp_path):
+    output = tmp_path / "out"
+    done = run(command(data, output, "--final_fit=True"))
+    assert done.returncode == 0, done.stderr
+    first = json.loads((output / "results.json").read_text())
+    final = json.loads((output / "final" / "results.json").read_text())
+    assert {"valid", "known", "gap", "test"} <= first.keys()
+    assert final["split"] == "none"
+    assert final["valid"]["accuracy"] is None
+    assert final["test"]["accuracy"] is not None
+    folder = output / "final" / "manifests"
+    assert len(json.loads((folder / "train.json").read_text())) == 32
+    assert json.loads((folder / "valid.json").read_text()) == {}
+    # 32 utterances for the steps of 4 epochs of those not held out, at most.
+    trained = json.loads((output / "manifests" / "train.json").read_text())
+    assert 1 <= final["epochs"] <= round(4 * len(trained) / 32)
+    for place in (output, output / "final"):
+        assert str(place / "report.html") in done.stdout
+        assert (place / "report.html").exists()
+
+
 def test_a_run_learns_and_says_where_its_results_are(data, finished):
     output, done = finished
     results = json.loads((output / "results.json").read_text())

@@ -21,7 +21,7 @@ import torch._dynamo  # else each process imports it, by its first optimiser
 from corpus import make_corpus
 from test_recipe import ROOT, TINY, same, weights
 
-import prepare
+import results
 import train
 from spkid.errors import run_command
 
@@ -144,7 +144,7 @@ def calm(data, tmp_path_factory):
     ids=["checkpoint", "log", "submission"],
 )
 def test_a_full_disk_loses_nothing(data, calm, disk, monkeypatch, fate, words):
-    place = prepare, "write_submission"
+    place = results, "write_submission"
     monkeypatch.setitem(chaos.ACTS, "submission", place)
     output = disk / "out"
     code, said = go(data, output, fate=fate, do=lambda: fill(disk))
@@ -173,7 +173,7 @@ def test_a_run_goes_on_without_bad_files_and_lists_them(data, tmp_path):
     assert not (output / "skipped.txt").exists()
     code, said = go(copy, output, "--on_bad_file=skip", "--max_bad_share=0.1")
     assert code == 0, said
-    assert "2 feature files are skipped; see" in said
+    assert "skipped.txt: 2 bad files" in said
     listed = (output / "skipped.txt").read_text().splitlines()[1:]
     assert {line.split()[0] for line in listed} == {
         "uttr-2-3.pt",

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import prepare
+from results import write_submission
 from spkid.errors import UserError
 from spkid.scoring import Score
 from validate import Utterance, read_corpus
@@ -536,7 +537,7 @@ def test_a_skipped_test_utterance_still_has_its_row(data, tmp_path, caplog):
     options["max_bad_share"] = 0.2
     corpus, _ = load(data, **options)
     scores = {u.path: Score(3, -1, 0.0) for u in corpus.test}
-    prepare.write_submission(corpus, scores, tmp_path / "s.csv")
+    write_submission(corpus, scores, tmp_path / "s.csv")
     rows = (tmp_path / "s.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == [
         f"uttr-test-{n}.pt" for n in range(4)

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 import prepare
+from results import WEIGHTS, write_submission
+from speaker_brain import SpeakerBrain
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import UserError, run_command
 from spkid.hparams import load_hparams
-from train import WEIGHTS, SpeakerBrain
 from validate import manifest, read_corpus
 
 # The run's loggers and checkpoints are not touched.
@@ -98,7 +99,7 @@ def main(arguments: list[str]) -> None:
     )
     brain.evaluate(make_loaders(hparams, datasets)["test"])
     target = args.submission or args.output_folder / "submission.csv"
-    prepare.write_submission(corpus, brain.scores, target)
+    write_submission(corpus, brain.scores, target)
     accuracy = brain.result["accuracy"]
     known = "unknown" if accuracy is None else f"{accuracy:.4f}"
     print(f"Test accuracy {known}\n{target}: {len(corpus.test_paths)} rows")

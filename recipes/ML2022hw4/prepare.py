@@ -10,21 +10,16 @@ it trains.
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 import logging
 import os
-from collections import Counter
 from pathlib import Path
 
 import mini_corpus
-from spkid.checkpoints import save_atomically
 from spkid.errors import UserError, run_command, table
 from spkid.hparams import check_values, plain_values
 from spkid.packed import PackedFeatures
-from spkid.scoring import Score
 from validate import (
     LIMITS,
     Corpus,
@@ -147,43 +142,6 @@ def resolve_data(
     for key, value in decided.items():
         overrides += f"\n{key}: {json.dumps(value)}"
     return corpus, pack_corpus(corpus, plain["pack_folder"]), overrides
-
-
-def write_submission(
-    corpus: Corpus, scores: dict[str, Score], path: str | Path
-) -> None:
-    """Writes the competition's CSV, in the order of testdata.json.
-
-    A test utterance that was skipped gets the speaker with most training
-    utterances, since the competition wants a row for each.
-
-    Arguments
-    ---------
-    corpus : Corpus
-        The data.
-    scores : dict
-        By feature path.
-    path : str or pathlib.Path
-        The CSV file.
-    """
-    counts = Counter(utterance.speaker for utterance in corpus.labelled)
-    ((commonest, _),) = counts.most_common(1)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["Id", "Category"])
-    for name in corpus.test_paths:
-        scored = name in scores
-        guess = corpus.speakers[scores[name].guess] if scored else commonest
-        writer.writerow([name, guess])
-    if len(corpus.test_paths) > len(corpus.test):
-        logger.warning(
-            "%s: %d test utterances could not be read; their rows say %s, who "
-            "has most training utterances.",
-            path,
-            len(corpus.test_paths) - len(corpus.test),
-            commonest,
-        )
-    save_atomically(text.getvalue(), path)
 
 
 def main(arguments: list[str]) -> None:

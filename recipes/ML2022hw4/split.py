@@ -278,6 +278,7 @@ def write_manifests(
         save_atomically(json.dumps(part, indent=1), folder / f"{name}.json")
     save_atomically(json.dumps(report, indent=1), folder / "split_report.json")
     save_atomically(json.dumps(made_of, indent=1), done)
-    print(f"Sessions are {report['sessions']}.")
+    if choices["split"] in ("session", "folds"):
+        print(f"Sessions are {report['sessions']}.")
     for warning in report["warnings"]:
         print(f"Note: {warning}", flush=True)

@@ -9,7 +9,6 @@ same command, given again, goes on where it was stopped.
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from dataclasses import replace
@@ -18,120 +17,27 @@ from typing import ClassVar
 
 import speechbrain as sb
 import torch
+import yaml
+from speechbrain.core import RunOptions
 from speechbrain.dataio.dataio import load_data_json
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 import prepare
 import split
+from results import WEIGHTS, by_part, write_results
+from speaker_brain import SpeakerBrain
 from validate import read_json
 from spkid.brain import RobustBrain
 from spkid.checkpoints import RunState, check_identity, save_atomically
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import run_command, table
-from spkid.hparams import load_hparams
+from spkid.hparams import load_hparams, plain_values
 from spkid.lengths import absolute_lengths
 from spkid.scoring import (
     gather_scores,
-    save_evaluation,
     score_batch,
     summarize_parts,
 )
-
-WEIGHTS = ("embedding_model", "classifier")
-
-
-class SpeakerBrain(RobustBrain):
-    """Trains ``embedding_model`` and ``classifier``; scores utterances."""
-
-    parts: ClassVar = {}  # of the validation: is an utterance's session known
-
-    def compute_forward(self, batch, stage):
-        """Log-posteriors [batch, 1, speakers]; a margin in training only."""
-        features, relative = batch.feats
-        statistics = batch.statistics.data.to(self.device)
-        if bool((relative == 1).all()):
-            relative = lengths = None  # nothing is padded, no mask is needed
-        else:
-            relative = relative.to(self.device)
-            lengths = absolute_lengths(relative, features.shape[1])
-        features = self.modules.preprocess(
-            features.to(self.device), lengths, statistics
-        )
-        if stage != sb.Stage.TRAIN:
-            # Not through DistributedDataParallel, which would wait for ranks
-            # that have fewer batches.
-            self.embeddings = self.hparams.embedding_model(features, relative)
-            return self.hparams.classifier(self.embeddings)
-        embeddings = self.modules.embedding_model(features, relative)
-        targets = batch.target.data.to(self.device)
-        return self.modules.classifier(embeddings, targets)
-
-    def compute_objectives(self, predictions, batch, stage):
-        """Negative log-likelihood; what was predicted is kept by id."""
-        targets = batch.target.data.to(self.device)
-        if stage == sb.Stage.TRAIN:
-            return sb.nnet.losses.nll_loss(
-                predictions,
-                targets,
-                label_smoothing=self.hparams.label_smoothing,
-            )
-        scores = score_batch(
-            batch.id,
-            predictions.squeeze(1),
-            targets.squeeze(1),
-            self.embeddings.squeeze(1),
-        )
-        self.scores |= scores
-        # An unlabelled utterance's loss says nothing.
-        loss = summarize_parts(scores, {})["loss"]
-        return torch.tensor(0.0 if loss is None else loss)
-
-    def on_fit_batch_start(self, batch, should_step):
-        """Learning rate and margin follow the share of planned steps."""
-        per_epoch = -(-self.batches_per_epoch // self.grad_accumulation_factor)
-        planned = self.hparams.number_of_epochs * per_epoch
-        progress = (self.optimizer_step + 1) / planned
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.hparams.lr_schedule(progress)
-        if hasattr(self.hparams, "margin_schedule"):
-            margin = self.hparams.margin_schedule(progress)
-            self.hparams.classifier.set_margin(margin)
-
-    def on_stage_start(self, stage, epoch=None):
-        """Forgets the scores of the stage before."""
-        self.scores = {}
-
-    def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Logs; after validation, saves a checkpoint."""
-        if stage == sb.Stage.TRAIN:
-            self.train_loss = stage_loss
-            return
-        self.scores = gather_scores(self.scores)
-        self.result = summarize_parts(self.scores, self.parts)
-        if stage == sb.Stage.TEST:
-            return
-        # Before the checkpoint: an epoch that is repeated is logged again,
-        # which replaces its line.
-        for train_logger in self.hparams.loggers:
-            train_logger.log_stats(
-                {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
-                {"loss": self.train_loss},
-                given(self.result),
-            )
-        self.save_epoch(
-            {"epoch": epoch, **given(self.result)},
-            max_key="accuracy",
-            num_to_keep=self.hparams.average_checkpoints,
-        )
-
-    def on_evaluate_start(self, max_key=None, min_key=None):
-        """Scores with the weights at hand, not those of a checkpoint."""
-
-
-def given(figures):
-    """The figures that there are."""
-    return {key: value for key, value in figures.items() if value is not None}
-
 
 def run_identity(hparams, corpus):
     """What a run may not change when it goes on."""
@@ -174,11 +80,11 @@ def make_brain(hparams, run_opts, corpus, pack, identity):
     manifests = {
         name: load_data_json(folder / f"{name}.json")
         for name in ("train", "valid", "test")
-        if name != "test" or corpus.test
     }
     brain.parts = {
         key: entry["part"] for key, entry in manifests["valid"].items()
     }
+    manifests = {name: part for name, part in manifests.items() if part}
     datasets = make_datasets(hparams, manifests, pack, encoder)
     loaders = make_loaders(hparams, datasets)
     brain.train_sampler = loaders["train"].batch_sampler  # told the epoch
@@ -188,25 +94,56 @@ def make_brain(hparams, run_opts, corpus, pack, identity):
 
 def choose_weights(brain, valid_loader):
     """The averaged or the single best checkpoint: validation decides."""
+    count = brain.hparams.average_checkpoints
+    if valid_loader is None:  # the latest ones
+        brain.checkpointer.load_average(count, "epoch", WEIGHTS)
+        return count, summarize_parts({}, {}), {}
     best = None
-    for count in sorted({1, brain.hparams.average_checkpoints}):
+    for count in sorted({1, count}):
         brain.checkpointer.load_average(count, "accuracy", WEIGHTS)
         brain.evaluate(valid_loader)
         accuracy = brain.result["accuracy"]
-        if best is None or accuracy >= best[1]["valid"]["accuracy"]:
-            best = count, {"valid": brain.result}, brain.scores
+        if best is None or accuracy >= best[1]["accuracy"]:
+            best = count, brain.result, brain.scores
     brain.checkpointer.load_average(best[0], "accuracy", WEIGHTS)
     return best
 
 
-def main(arguments: list[str]) -> None:
-    """Prepares, trains, tests, and says where the results are."""
-    hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
-    if "distributed_backend" not in run_opts.overridden_args and (
-        not torch.cuda.is_available()
-    ):
-        run_opts = replace(run_opts, distributed_backend="gloo")
-    ddp_init_group(run_opts)
+def final_fit(brain, loaders, output, averaged):
+    """What another run needs that trains on all utterances, for as many steps
+    as validation found best."""
+    best = brain.checkpointer.find_checkpoint(max_key="accuracy")
+    trained = len(loaders["train"].dataset)
+    everything = trained + len(loaders["valid"].dataset)
+    epochs = round(best.meta["epoch"] * trained / everything)
+    return {
+        "final_fit": False,
+        "split": "none",
+        "output_folder": str(output / "final"),
+        "number_of_epochs": max(1, epochs),
+        "average_checkpoints": averaged,
+    }
+
+
+def train(
+    hparams_file: str, run_opts: RunOptions, overrides: str
+) -> dict[str, object] | None:
+    """One run: prepares, trains, tests, and says where the results are.
+
+    Arguments
+    ---------
+    hparams_file : str
+        A HyperPyYAML file.
+    run_opts : speechbrain.core.RunOptions
+        SpeechBrain's options.
+    overrides : str
+        Other values of the YAML file's keys.
+
+    Returns
+    -------
+    dict
+        Overrides for another run on all utterances; None if none is wanted.
+    """
     # Every process reads the data; the first one writes what is missing.
     if not if_main_process():
         torch.distributed.barrier()
@@ -236,69 +173,65 @@ def main(arguments: list[str]) -> None:
     )
     brain, loaders = make_brain(hparams, run_opts, corpus, pack, identity)
     if if_main_process():
-        skipped = (
-            f"\n{len(corpus.skipped)} feature files are skipped; see "
-            f"{output / 'skipped.txt'}"
-        ) if corpus.skipped else ""
+        sizes = [f"{len(loaders['train'].dataset)} training"]
+        sizes += [f"{len(brain.parts)} validation", f"{len(corpus.test)} test"]
         print(
-            f"{len(corpus.speakers)} speakers, "
-            f"{len(loaders['train'].dataset)} training, "
-            f"{len(loaders['valid'].dataset)} validation and "
-            f"{len(corpus.test)} test utterances from "
-            f"{corpus.folder}"
-            f"{skipped}\nResults go to {output}",
-            flush=True,
+            f"{len(corpus.speakers)} speakers, {', '.join(sizes)} utterances "
+            f"from {corpus.folder}"
         )
+        if corpus.skipped:
+            print(f"{output / 'skipped.txt'}: {len(corpus.skipped)} bad files")
+        print(f"Results go to {output}", flush=True)
     if brain.distributed_launch:
         # Else all ranks would drop the same units.
         torch.manual_seed(hparams["seed"] + torch.distributed.get_rank())
-    brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
+    valid = loaders.get("valid")
+    brain.fit(hparams["epoch_counter"], loaders["train"], valid)
     if brain.test_only:
         brain.checkpointer.recover_if_possible()  # its epochs and seconds
-    averaged, results, validated = choose_weights(brain, loaders["valid"])
+    averaged, result, validated = choose_weights(brain, valid)
     brain.scores, brain.result = {}, summarize_parts({}, {})
     if "test" in loaders:
         brain.evaluate(loaders["test"])
-    results["test"] = brain.result
     if brain.debug:
         print("The debug run has passed; it leaves no results.")
-    if brain.debug or not if_main_process():
-        return
-    for name in WEIGHTS:
-        weights = io.BytesIO()
-        torch.save(hparams[name].state_dict(), weights)
-        path = output / "model" / f"{name}.ckpt"
-        save_atomically(weights.getvalue(), path)
-    results |= {
-        "system": Path(hparams_file).stem,
-        "data_folder": str(corpus.folder),
-        "split": hparams["split"],
-        "seed": hparams["seed"],
-        "speakers": len(corpus.speakers),
-        "parameters": brain.run_state.identity["parameters"],
-        "epochs": hparams["epoch_counter"].current,
-        "averaged_checkpoints": averaged,
-        "skipped_steps": brain.skipped_steps,
-        "seconds": round(brain.run_state.seconds, 1),
-    }
-    utterances = corpus.labelled + corpus.test
-    save_evaluation(
-        output / "evaluation.npz",
-        validated | brain.scores,
-        brain.parts | dict.fromkeys(brain.scores, "test"),
-        {utterance.path: utterance.length for utterance in utterances},
-    )
-    prepare.write_submission(corpus, brain.scores, output / "submission.csv")
-    save_atomically(json.dumps(results, indent=1), output / "results.json")
-    test = results["test"]["accuracy"]
-    print(
-        f"Validation accuracy {results['valid']['accuracy']:.4f}, test "
-        f"accuracy {'unknown' if test is None else f'{test:.4f}'}\n"
-        f"{output / 'results.json'}: these figures\n"
-        f"{output / 'submission.csv'}: a row for each test utterance\n"
-        f"{output / 'model'}: the weights\n"
-        f"{hparams['train_log']}: each epoch"
-    )
+        return None
+    if if_main_process():
+        results = by_part(result) | {
+            "test": brain.result,
+            "system": Path(hparams_file).stem,
+            "data_folder": str(corpus.folder),
+            "split": hparams["split"],
+            "seed": hparams["seed"],
+            "speakers": len(corpus.speakers),
+            "parameters": identity["parameters"],
+            "epochs": hparams["epoch_counter"].current,
+            "averaged_checkpoints": averaged,
+            "skipped_steps": brain.skipped_steps,
+            "seconds": round(brain.run_state.seconds, 1),
+        }
+        validated = validated, brain.parts
+        write_results(
+            output, corpus, hparams, results, validated, brain.scores
+        )
+    if hparams["final_fit"] and valid is not None:
+        return final_fit(brain, loaders, output, averaged)
+    return None
+
+
+def main(arguments: list[str]) -> None:
+    """Trains, and where it is wanted once more on all utterances."""
+    hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
+    if "distributed_backend" not in run_opts.overridden_args and (
+        not torch.cuda.is_available()
+    ):
+        run_opts = replace(run_opts, distributed_backend="gloo")
+    ddp_init_group(run_opts)
+    again = train(hparams_file, run_opts, overrides)
+    if again:
+        print("Once more, on all utterances:", flush=True)
+        given = plain_values(hparams_file, overrides, only_given=True)
+        train(hparams_file, run_opts, yaml.safe_dump(given | again))
 
 
 if __name__ == "__main__":
