@@ -84,7 +84,8 @@ def finished(data, tmp_path_factory):
 
 def test_a_final_fit_trains_on_all_for_as_many_steps(data, tmp_path):
     output = tmp_path / "out"
-    done = run(command(data, output, "--final_fit=True"))
+    more = ("--final_fit=True", "--known_fraction=0.15")
+    done = run(command(data, output, *more))
     assert done.returncode == 0, done.stderr
     first = json.loads((output / "results.json").read_text())
     final = json.loads((output / "final" / "results.json").read_text())

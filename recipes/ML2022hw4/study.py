@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,7 +48,7 @@ PARTS = {
 }
 
 # What all the trained runs share: a small, quick Conformer.
-SMALL = {"d_model": 64, "d_ff": 256, "n_layers": 2}
+SMALL = {"d_model": 64, "d_ff": 256, "n_layers": 2, "segment_frames": 128}
 WIDTHS = {str(d): {"d_model": d, "d_ff": 4 * d} for d in (32, 64, 128, 256)}
 SEGMENTS = {str(n): {"segment_frames": n} for n in (32, 64, 128, 256)}
 # Changes of the YAML file's text: what stands there, and what shall.
@@ -89,8 +90,9 @@ def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
             for name, changes in variants.items():
                 for seed in range(1, args.seeds + 1):
                     key = (data.name, name, split, seed)
-                    place = "-".join(map(str, key)).replace(" ", "_")
-                    runs[key] = args.folder / "runs" / place
+                    place = "-".join(map(str, (data.name, split, seed)))
+                    place = args.folder / "runs" / _slug(changes) / place
+                    runs[key] = place
                     if not (runs[key] / "evaluation.npz").exists():
                         jobs.append((data, changes, split, seed, runs[key]))
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
@@ -110,6 +112,14 @@ def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
             f"{broken[0].with_suffix('.log')}."
         )
     return runs
+
+
+def _slug(changes):
+    """A folder's name that is the same for the same system."""
+    own = {k: v for k, v in changes.items() if SMALL.get(k) != v}
+    words = [*own.pop("text", {}).values()]
+    words += [f"{key}={value}" for key, value in own.items()]
+    return re.sub(r"[^\w=.]+", "-", "-".join(words)).strip("-") or "small"
 
 
 def _train(args, threads, data, changes, split, seed, output):

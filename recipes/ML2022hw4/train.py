@@ -214,6 +214,7 @@ def train(
         write_results(
             output, corpus, hparams, results, validated, brain.scores
         )
+        print(f"{hparams['train_log']}: each epoch", flush=True)
     if hparams["final_fit"] and valid is not None:
         return final_fit(brain, loaders, output, averaged)
     return None
