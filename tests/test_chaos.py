@@ -4,6 +4,6 @@ import chaos
 
 
 def test_killed_runs_end_in_the_same_bits(tmp_path):
-    result = chaos.chaos(runs=2, seed=1, folder=tmp_path)
-    assert result["kills"] > 0
+    result = chaos.chaos(runs=1, seed=3, folder=tmp_path)
+    assert result["kills"] == 2
     assert result["lost"] == result["different"] == 0

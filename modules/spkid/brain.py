@@ -29,8 +29,8 @@ from spkid.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# How the two backends say that a peer is gone.
-LOST_PEER = re.compile("gloo|NCCL|Connection (closed|reset)|Broken pipe")
+# How the backends say that a peer is gone.
+LOST_PEER = re.compile("Connection (closed|reset)|Broken pipe|remote process")
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is Slurm's
 
 

@@ -223,7 +223,7 @@ class AtomicCheckpointer(Checkpointer):
             flush_folder(part)
         except (OSError, RuntimeError) as caught:
             # torch.save reports a full disk as a RuntimeError.
-            error = str(caught).splitlines()[0]
+            error = str(caught).partition("\n")[0]
         errors = [e for e in gather(error) if e is not None]
         if if_main_process():
             try:
