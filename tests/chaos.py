@@ -69,6 +69,7 @@ OPTIONS = [
     "--segment_frames=16",
     "--batch_size=4",
     "--number_of_epochs=6",
+    "--split=random",
     "--ckpt_interval_minutes=0",
     "--noprogressbar",
 ]
