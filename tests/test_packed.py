@@ -49,9 +49,9 @@ def test_holds_what_the_files_held(files, tmp_path, dtype, error):
         part = pack.frames(row, start=2, count=2)
         assert np.abs(part - mel[2:4].numpy()).max() <= error
         assert len(pack.frames(row, start=3, count=999)) == len(mel) - 3
-        assert np.allclose(pack.mean[row], mel.mean(0), atol=1e-5)
+        assert np.allclose(pack.moments[row, 0], mel.mean(0), atol=1e-5)
         deviation = mel.std(0, correction=0)
-        assert np.allclose(pack.deviation[row], deviation, atol=1e-5)
+        assert np.allclose(pack.moments[row, 1], deviation, atol=1e-5)
     pack.verify()
 
 

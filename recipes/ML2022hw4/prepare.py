@@ -452,7 +452,7 @@ def main(arguments: list[str]) -> None:
     print(
         f"{corpus.folder} is in order: {len(corpus.speakers)} speakers, "
         f"{len(corpus.labelled)} labelled and {len(corpus.test)} test "
-        f"utterances, {pack.offsets[-1] / 360_000:.1f} hours.\n"
+        f"utterances, {pack.lengths.sum() / 360_000:.1f} hours.\n"
         f"The pack is in {pack.file.parent}"
     )
 
