@@ -200,6 +200,13 @@ class FeatureFiles:
         self.lengths = np.array(lengths, dtype=np.int64)
         self.row = {path: row for row, path in enumerate(self.paths)}
 
+    def to(self, device: str | torch.device) -> None:
+        """Raises UserError: files aren't in any device's memory."""
+        raise UserError(
+            f"{self.folder}: only a pack can lie on {device}; give --pack True "
+            "or --pack_on_device False."
+        )
+
     def _load(self, row):
         path = self.folder / self.paths[row]
         return load_feature_file(path, self.n_mels, int(self.lengths[row]))
@@ -527,8 +534,9 @@ def _write_frames(
         else:
             file.truncate(need)
         work = partial(_pack_chunk, file.fileno(), str(data_folder), *form)
+        end = 0
         for facts in _in_processes(work, chunks):
-            begin, end = bar.n, bar.n + len(facts[1])
+            begin, end = end, end + len(facts[1])
             moments[begin:end], checksums[begin:end], errors = facts
             for number, error in errors.items():
                 if on_error is None:
@@ -595,7 +603,9 @@ def _in_processes(work: Callable, chunks: list) -> Iterator:
         result, end = context.Pipe(duplex=False)
         share = chunks[number::count]
         process = context.Process(
-            target=_serve, args=(work, share, end, os.getpid()), daemon=True
+            target=_serve,
+            args=(work, share, (result, end), os.getpid()),
+            daemon=True,
         )
         process.start()
         end.close()
@@ -613,8 +623,10 @@ def _in_processes(work: Callable, chunks: list) -> Iterator:
             process.join()
 
 
-def _serve(work, chunks, end, parent):
+def _serve(work, chunks, pipe, parent):
     """A process's share; it ends with its parent."""
+    result, end = pipe
+    result.close()  # else it would wait for itself once the parent is gone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     torch.set_num_threads(1)
     for chunk in chunks:
@@ -622,6 +634,8 @@ def _serve(work, chunks, end, parent):
             return
         try:
             end.send(work(chunk))
+        except BrokenPipeError:
+            return
         except Exception as error:
             end.send(error)
             return

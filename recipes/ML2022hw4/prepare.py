@@ -22,7 +22,7 @@ import mini_corpus
 from spkid.checkpoints import save_atomically
 from spkid.errors import UserError, run_command
 from spkid.hparams import plain_values
-from spkid.packed import PackedFeatures
+from spkid.packed import FeatureFiles, PackedFeatures
 from spkid.scoring import Score
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -287,8 +287,11 @@ SPLITS = {"random": split_random}
 
 
 def pack_corpus(
-    corpus: Corpus, pack_folder: str | Path | None = None
-) -> PackedFeatures:
+    corpus: Corpus,
+    pack_folder: str | Path | None = None,
+    pack: bool = True,
+    pack_dtype: str = "float16",
+) -> PackedFeatures | FeatureFiles:
     """Opens the pack of a corpus; builds it where it is missing or old.
 
     Arguments
@@ -297,21 +300,30 @@ def pack_corpus(
         The data; every file is checked while it is packed.
     pack_folder : str or pathlib.Path, optional
         Where the packs are kept; None: data/packs of this project.
+    pack : bool
+        False: no pack is written, the files themselves are read each time.
+    pack_dtype : str
+        "float16" or "float32".
 
     Returns
     -------
-    PackedFeatures
+    PackedFeatures or FeatureFiles
     """
+    utterances = corpus.labelled + corpus.test
+    paths = [u.path for u in utterances]
+    lengths = [u.length for u in utterances]
+    if not pack:
+        return FeatureFiles(corpus.folder, paths, lengths, corpus.n_mels)
     place = os.path.realpath(corpus.folder)
     name = hashlib.blake2b(place.encode(), digest_size=4).hexdigest()
     packs = Path(pack_folder) if pack_folder else DEFAULT_DATA / "packs"
-    utterances = corpus.labelled + corpus.test
     return PackedFeatures.build(
         packs / f"{os.path.basename(place)}-{name}",
         corpus.folder,
-        [u.path for u in utterances],
-        [u.length for u in utterances],
+        paths,
+        lengths,
         corpus.n_mels,
+        pack_dtype,
     )
 
 
@@ -387,13 +399,14 @@ def write_manifests(
 
 def resolve_data(
     hparams_file: str | Path, overrides: str
-) -> tuple[Corpus, PackedFeatures, str]:
+) -> tuple[Corpus, PackedFeatures | FeatureFiles, str]:
     """The data that a YAML file names; builds the mini corpus if it is none.
 
     Arguments
     ---------
     hparams_file : str or pathlib.Path
-        A HyperPyYAML file with ``data_folder`` and ``pack_folder``.
+        A HyperPyYAML file with ``data_folder``, ``pack_folder``, ``pack`` and
+        ``pack_dtype``.
     overrides : str
         The command line's, as YAML text.
 
@@ -417,7 +430,8 @@ def resolve_data(
         decided["data_folder"] = str(folder)
     for key, value in decided.items():
         overrides += f"\n{key}: {json.dumps(value)}"
-    return corpus, pack_corpus(corpus, plain["pack_folder"]), overrides
+    choices = (plain[key] for key in ("pack_folder", "pack", "pack_dtype"))
+    return corpus, pack_corpus(corpus, *choices), overrides
 
 
 def write_submission(

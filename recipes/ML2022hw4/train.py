@@ -25,6 +25,7 @@ from spkid.checkpoints import RunState, check_identity, save_atomically
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import run_command
 from spkid.hparams import load_hparams
+from spkid.inference import UtteranceEmbedder
 from spkid.lengths import absolute_lengths
 from spkid.scoring import gather_scores, score_batch, summarize
 
@@ -33,6 +34,19 @@ WEIGHTS = ("embedding_model", "classifier")
 
 class SpeakerBrain(RobustBrain):
     """Trains ``embedding_model`` and ``classifier``; scores utterances."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Not through DistributedDataParallel, which would wait for ranks
+        # that have fewer batches.
+        self.embedder = UtteranceEmbedder(
+            self.hparams.embedding_model,
+            self.hparams.max_frames_per_batch,
+            self.hparams.equal_length_batches,
+            self.hparams.evaluation,
+            self.hparams.window_frames,
+            self.hparams.window_hop,
+        )
 
     def compute_forward(self, batch, stage):
         """Log-posteriors [batch, 1, speakers]; a margin in training only."""
@@ -47,9 +61,7 @@ class SpeakerBrain(RobustBrain):
             features.to(self.device), lengths, statistics
         )
         if stage != sb.Stage.TRAIN:
-            # Not through DistributedDataParallel, which would wait for ranks
-            # that have fewer batches.
-            embeddings = self.hparams.embedding_model(features, relative)
+            embeddings = self.embedder(features, lengths)
             return self.hparams.classifier(embeddings)
         embeddings = self.modules.embedding_model(features, relative)
         targets = batch.target.data.to(self.device)
@@ -119,6 +131,7 @@ def run_identity(hparams, corpus):
     """What a run may not change when it goes on."""
     alone = not torch.distributed.is_initialized()
     keys = ("seed", "split", "valid_fraction", "batch_size", "segment_frames")
+    keys += ("sampler", "bucket_batches")
     return {
         "data": corpus.digest(),
         "processes": 1 if alone else torch.distributed.get_world_size(),
@@ -156,6 +169,8 @@ def make_brain(hparams, run_opts, corpus, pack, identity):
         for name in ("train", "valid", "test")
         if name != "test" or corpus.test
     }
+    if hparams["pack_on_device"]:
+        pack.to(brain.device)
     datasets = make_datasets(hparams, manifests, pack, encoder)
     loaders = make_loaders(hparams, datasets)
     brain.train_sampler = loaders["train"].batch_sampler  # told the epoch
