@@ -231,11 +231,14 @@ def _check_files(corpus):
         file = os.path.join(root, utterance.path)
         parent = os.path.dirname(file)
         if parent not in parents:
-            parents[parent] = os.path.realpath(parent)
-        real = os.path.join(parents[parent], os.path.basename(file))
+            place = os.path.realpath(parent)
+            parents[parent] = place, os.path.commonpath((root, place)) != root
+        place, outside = parents[parent]
+        real = os.path.join(place, os.path.basename(file))
         if os.path.islink(real):
             real = os.path.realpath(real)
-        if os.path.commonpath((root, real)) != root:
+            outside = os.path.commonpath((root, real)) != root
+        if outside:
             raise UserError(
                 f"{file}: is a link that leaves the data folder; copy the "
                 "file into it."
