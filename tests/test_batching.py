@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from spkid.batching import (
     LengthBatches,
     ShuffledBatches,
+    balanced_order,
     crop_starts,
     hash_uniform,
     utterance_key,
@@ -98,6 +99,90 @@ def test_ranks_share_the_global_batch():
     shards = [list(ShuffledBatches(50, 10, 3, r, 2)) for r in range(2)]
     for batch, *parts in zip(whole, *shards, strict=True):
         assert sorted(parts[0] + parts[1]) == sorted(batch)
+
+
+@given(
+    labels=st.lists(st.integers(0, 5), min_size=1, max_size=60),
+    epoch=st.integers(0, 9),
+)
+def test_a_balanced_order_repeats_nothing_needlessly(labels, epoch):
+    labels = np.unique(labels, return_inverse=True)[1]
+    order = balanced_order(0, epoch, labels)
+    assert len(order) == len(labels)
+    per_class = np.bincount(labels[order], minlength=labels.max() + 1)
+    assert per_class.max() - per_class.min() <= 1
+    for label, share in enumerate(per_class):
+        own = np.flatnonzero(labels == label)
+        times = np.array([(order == i).sum() for i in own])
+        assert times.max() - times.min() <= 1
+        assert times.max() == -(-share // len(own))
+
+
+def test_balanced_batches_change_each_epoch_and_share_out():
+    labels = np.repeat([0, 1, 2], [50, 9, 41])
+
+    def epoch(number, rank=0, ranks=1):
+        batches = ShuffledBatches(100, 10, 0, rank, ranks, labels=labels)
+        batches.set_epoch(number)
+        return list(batches)
+
+    assert epoch(1) == epoch(1) != epoch(2)
+    for batch, *parts in zip(
+        epoch(1), epoch(1, 0, 2), epoch(1, 1, 2), strict=True
+    ):
+        assert sorted(parts[0] + parts[1]) == sorted(batch)
+    # Who sits out, and which class gets one more, is drawn anew.
+    sets = [{i for batch in epoch(n) for i in batch} for n in range(20)]
+    assert set().union(*sets) == set(range(100))
+    mean = np.mean([labels[np.concatenate(epoch(n))] == 1 for n in range(20)])
+    assert mean == pytest.approx(1 / 3, abs=0.005)
+
+
+@given(
+    items=st.integers(2, 70),
+    ranks=st.integers(1, 2),
+    bucket=st.integers(2, 5),
+    epoch=st.integers(0, 9),
+)
+def test_buckets_leave_nothing_out(items, ranks, bucket, epoch):
+    lengths = np.random.default_rng(items).integers(1, 50, items)
+    seen = []
+    for rank in range(ranks):
+        batches = ShuffledBatches(
+            items, 4, 0, rank, ranks, None, lengths, bucket
+        )
+        batches.set_epoch(epoch)
+        assert len(list(batches)) == len(batches)
+        seen += [i for batch in batches for i in batch]
+    assert sorted(seen) == list(range(items))
+
+
+def test_buckets_pad_little_and_change_each_epoch():
+    generator = np.random.default_rng(0)
+    lengths = np.exp(generator.normal(6.3, 0.4, 20_000)).astype(int) + 91
+    crops = np.minimum(lengths, 1000)
+
+    def batches(epoch, bucket):
+        made = ShuffledBatches(20_000, 32, 0, 0, 1, None, crops, bucket)
+        made.set_epoch(epoch)
+        return list(made)
+
+    def waste(made):
+        return sum(crops[b].max() * len(b) for b in made) / crops.sum()
+
+    assert waste(batches(1, 1)) > 1.5
+    assert waste(batches(1, 50)) < 1.05
+    assert batches(1, 50) == batches(1, 50)
+    first, second = ({tuple(sorted(b)) for b in batches(n, 50)} for n in (1, 2))
+    assert len(first & second) < 3
+    # Long and short batches come mixed, not by turns.
+    means = [crops[b].mean() for b in batches(1, 50)]
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15
+
+
+def test_sorting_less_than_one_batch_is_refused():
+    with pytest.raises(UserError, match="bucket_batches=0 is less than 1"):
+        ShuffledBatches(10, 2, bucket_batches=0)
 
 
 def test_more_ranks_than_items_of_a_batch_are_refused():

@@ -166,6 +166,32 @@ def test_workers_change_no_bit(data, finished, tmp_path):
     assert same(weights(finished[0]), weights(tmp_path / "out"))
 
 
+def test_a_pack_in_the_devices_memory_changes_no_bit(data, finished, tmp_path):
+    more = ["--pack_on_device=True", "--num_workers=2"]
+    done = run(command(data, tmp_path / "out", *more))
+    assert done.returncode == 0, done.stderr
+    assert same(weights(finished[0]), weights(tmp_path / "out"))
+
+
+def test_other_ways_of_reading_and_evaluating_run(data, tmp_path):
+    """Without a pack, balanced, in buckets, by windows; predict.py agrees."""
+    output = tmp_path / "out"
+    more = ["--pack=False", "--sampler=balanced", "--bucket_batches=2"]
+    more += ["--evaluation=windows", "--window_frames=20", "--window_hop=10"]
+    given = [*command(data, output, *more), "--number_of_epochs=8"]
+    given.remove("--number_of_epochs=4")
+    done = run(given)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((output / "results.json").read_text())
+    assert results["test"]["accuracy"] >= 0.8
+    assert not (output / "packs").exists()
+    submission = (output / "submission.csv").read_text()
+    (output / "submission.csv").unlink()
+    done = run([sys.executable, str(RECIPE / "predict.py"), str(output)])
+    assert done.returncode == 0, done.stderr
+    assert (output / "submission.csv").read_text() == submission
+
+
 def test_a_finished_run_given_again_only_repeats_its_results(data, finished):
     before = weights(finished[0])
     done = run(command(data, finished[0]))
@@ -275,6 +301,11 @@ MISTAKES = {
     "nearly a key": (None, ["--drop_out=1"], "did you mean --dropout?"),
     "a key twice": (None, ["--lr=1", "--lr=2"], "--lr is given twice"),
     "a wrong value": (None, ["--n_heads=5"], "n_heads=5 does not divide"),
+    "an unknown evaluation": (
+        None,
+        ["--evaluation=crops"],
+        "evaluation='crops' is none of whole, windows",
+    ),
     "a missing folder": (None, ["--data_folder=/no/such"], "no such folder"),
     "a corrupt feature file": (
         lambda d: (d / "uttr-1-1.pt").write_bytes(b"PK\x03\x04rubbish"),

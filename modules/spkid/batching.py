@@ -102,6 +102,43 @@ def crop_starts(
     return (hash_uniform(seed, epoch, keys) * places).astype(np.int64)
 
 
+def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
+    """As many items as there are, each class equally often.
+
+    Of a class with more items than its share, some sit out this epoch; of one
+    with fewer, all come, and some once more than others. Where the shares
+    don't come out even, the classes drawn for one more change each epoch.
+
+    Arguments
+    ---------
+    seed, epoch : int
+        The order is a pure function of these.
+    labels : numpy.ndarray [n]
+        Class of each item, from 0 on, none left out.
+
+    Returns
+    -------
+    numpy.ndarray [n]
+        Indices of items, shuffled.
+
+    Example
+    -------
+    >>> labels = np.array([0, 0, 0, 0, 0, 1])
+    >>> np.bincount(labels[balanced_order(0, 1, labels)])
+    array([3, 3])
+    """
+    n_items, owned = len(labels), np.bincount(labels)
+    draw = hash_uniform(seed, epoch, np.arange(2 * n_items + len(owned)))
+    by_class = np.lexsort((draw[:n_items], labels))
+    share, more = divmod(n_items, len(owned))
+    shares = np.full(len(owned), share)
+    shares[np.argsort(draw[2 * n_items :], kind="stable")[:more]] += 1
+    turn = np.arange(n_items) - np.repeat(np.cumsum(shares) - shares, shares)
+    first = np.repeat(np.cumsum(owned) - owned, shares)
+    chosen = by_class[first + turn % np.repeat(owned, shares)]
+    return chosen[np.argsort(draw[n_items : 2 * n_items], kind="stable")]
+
+
 class ShuffledBatches(Sampler):
     """Every utterance once an epoch, in an order drawn from (seed, epoch).
 
@@ -119,6 +156,14 @@ class ShuffledBatches(Sampler):
         Of the order.
     rank, n_ranks : int
         This process and their number; each gets its own part of each batch.
+    labels : numpy.ndarray [n_items], optional
+        Class indices: each class comes equally often, by
+        :func:`balanced_order`. None: each utterance once.
+    lengths : numpy.ndarray [n_items], optional
+        Frames of each crop, for ``bucket_batches``.
+    bucket_batches : int
+        The utterances of so many batches are sorted by length before they are
+        dealt out, so that little is padded; 1: they aren't.
 
     Example
     -------
@@ -135,6 +180,9 @@ class ShuffledBatches(Sampler):
         seed: int = 0,
         rank: int = 0,
         n_ranks: int = 1,
+        labels: np.ndarray | None = None,
+        lengths: np.ndarray | None = None,
+        bucket_batches: int = 1,
     ) -> None:
         # Batch statistics of a single utterance don't exist.
         self.least = max(2, n_ranks)
@@ -143,8 +191,15 @@ class ShuffledBatches(Sampler):
                 f"batch_size={batch_size} is less than {self.least}: a batch "
                 "needs two utterances, and one for each process."
             )
+        if bucket_batches < 1:
+            raise UserError(
+                f"bucket_batches={bucket_batches} is less than 1, which means "
+                "that nothing is sorted."
+            )
         self.n_items, self.batch_size, self.seed = n_items, batch_size, seed
         self.rank, self.n_ranks, self.epoch = rank, n_ranks, 0
+        self.labels, self.lengths = labels, lengths
+        self.bucket = bucket_batches * batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch that the next iteration draws."""
@@ -155,10 +210,29 @@ class ShuffledBatches(Sampler):
         full, rest = divmod(self.n_items, self.batch_size)
         return full + 1 if rest >= self.least or not full else full
 
+    def _order(self):
+        if self.labels is not None:
+            return balanced_order(self.seed, self.epoch, self.labels)
+        draw = hash_uniform(self.seed, self.epoch, np.arange(self.n_items))
+        return np.argsort(draw, kind="stable")
+
+    def _bucketed(self, order):
+        """Sorts within buckets; then the whole batches are shuffled."""
+        bucket = np.arange(self.n_items) // self.bucket
+        order = order[np.lexsort((self.lengths[order], bucket))]
+        full = self.n_items // self.batch_size
+        whole = order[: full * self.batch_size].reshape(full, self.batch_size)
+        # Other numbers than those of the order.
+        keys = self.n_items + np.arange(full)
+        draw = hash_uniform(self.seed, self.epoch, keys)
+        whole = whole[np.argsort(draw, kind="stable")].flatten()
+        return np.concatenate((whole, order[len(whole) :]))
+
     def __iter__(self) -> Iterator[list[int]]:
         """Yields this rank's indices of each batch."""
-        draw = hash_uniform(self.seed, self.epoch, np.arange(self.n_items))
-        order = np.argsort(draw, kind="stable")
+        order = self._order()
+        if self.bucket > self.batch_size:
+            order = self._bucketed(order)
         for number in range(1, len(self) + 1):
             begin = (number - 1) * self.batch_size
             # Too small a rest joins the last batch.

@@ -421,7 +421,8 @@ def save_atomically(content: str | bytes, path: Path) -> None:
     'hello'
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.part")
+    # Two runs may write what they share at the same time.
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataloader import SaveableDataLoader, make_dataloader
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.encoder import CategoricalEncoder
@@ -16,7 +18,11 @@ from spkid.batching import (
     crop_starts,
     utterance_key,
 )
-from spkid.packed import PackedFeatures
+from spkid.errors import UserError
+from spkid.lengths import relative_lengths
+from spkid.packed import FeatureFiles, PackedFeatures
+
+SAMPLERS = ("all", "balanced")
 
 
 def label_encoder(speakers: Sequence[str]) -> CategoricalEncoder:
@@ -43,17 +49,116 @@ def label_encoder(speakers: Sequence[str]) -> CategoricalEncoder:
     return encoder
 
 
-def make_datasets(
-    hparams: dict,
-    manifests: dict[str, dict],
-    pack: PackedFeatures,
-    encoder: CategoricalEncoder,
-) -> dict[str, DynamicItemDataset]:
-    """Datasets of crops ("train") and of whole utterances (the others).
+class FeatureDataset(DynamicItemDataset):
+    """SpeechBrain's dataset, which also gives whole batches at once.
 
     Each item has ``id``, ``feats`` [frames, n_mels] (raw log-mels),
     ``statistics`` [2, n_mels] (mean and deviation of the whole utterance) and
-    ``target`` [1] (class index; -1 where the speaker is unknown).
+    ``target`` [1] (class index; -1 where the speaker is unknown). A DataLoader
+    reads batches by ``__getitems__``, the same bits as padding the items.
+
+    Arguments
+    ---------
+    hparams : dict
+        Uses ``seed``, ``segment_frames`` and ``epoch_counter``.
+    manifest : dict
+        Utterance id to ``length`` and ``spk_id``.
+    features : PackedFeatures or FeatureFiles
+        The features.
+    encoder : speechbrain.dataio.encoder.CategoricalEncoder
+        The classes.
+    crop : bool
+        Items are random crops of the epoch, not whole utterances.
+    """
+
+    def __init__(
+        self,
+        hparams: dict,
+        manifest: dict[str, dict],
+        features: PackedFeatures | FeatureFiles,
+        encoder: CategoricalEncoder,
+        crop: bool,
+    ) -> None:
+        super().__init__(
+            manifest,
+            dynamic_items=[
+                {
+                    "func": self._read,
+                    "takes": ["id", "length"],
+                    "provides": ["feats", "statistics"],
+                },
+                {
+                    "func": self._target,
+                    "takes": "spk_id",
+                    "provides": "target",
+                },
+            ],
+            output_keys=["id", "feats", "statistics", "target"],
+        )
+        self.features, self.encoder, self.crop = features, encoder, crop
+        self.counter, self.seed = hparams["epoch_counter"], hparams["seed"]
+        self.segment = hparams["segment_frames"]
+        names, entries = self.data_ids, manifest.values()
+        self.rows = np.array([features.row[name] for name in names])
+        self.lengths = np.array([entry["length"] for entry in entries])
+        self.keys = np.array([utterance_key(name) for name in names])
+        self.targets = torch.stack(
+            [self._target(entry["spk_id"]) for entry in entries]
+        )
+
+    def _target(self, speaker):
+        known = speaker is not None
+        return torch.tensor(
+            [self.encoder.encode_label(speaker) if known else -1]
+        )
+
+    def _parts(self, keys, lengths):
+        """First frames and numbers of frames that this epoch draws [n]."""
+        if not self.crop:
+            return np.zeros_like(lengths), lengths
+        epoch, segment = self.counter.current, self.segment
+        starts = crop_starts(self.seed, epoch, keys, lengths, segment)
+        return starts, np.minimum(lengths, segment)
+
+    def _read(self, name, length):
+        row = self.features.row[name]
+        (start,), (count,) = self._parts(
+            np.array([utterance_key(name)]), np.array([length])
+        )
+        frames = self.features.frames(row, int(start), int(count))
+        yield torch.from_numpy(frames)
+        yield self.features.statistics(row)
+
+    def __getitems__(self, indices: list[int]) -> PaddedBatch:
+        """A batch, read at once; what ``PaddedBatch`` makes of the items."""
+        starts, counts = self._parts(self.keys[indices], self.lengths[indices])
+        features, statistics = self.features.batch(
+            self.rows[indices], starts, counts
+        )
+        whole = torch.ones(len(indices))
+        lengths = relative_lengths(torch.from_numpy(counts), counts.max())
+        padded = {
+            "feats": (features, lengths),
+            "statistics": (statistics, whole),
+            "target": (self.targets[indices], whole.clone()),
+        }
+        # Padded already: each example carries the batch, and is the batch.
+        return PaddedBatch(
+            [{"id": self.data_ids[index], **padded} for index in indices],
+            padded_keys=list(padded),
+            device_prep_keys=list(padded),
+            padding_func=lambda examples: examples[0],
+            apply_default_convert=False,
+        )
+
+
+def make_datasets(
+    hparams: dict,
+    manifests: dict[str, dict],
+    features: PackedFeatures | FeatureFiles,
+    encoder: CategoricalEncoder,
+) -> dict[str, FeatureDataset]:
+    """Datasets of crops ("train") and of whole utterances (the others).
 
     Arguments
     ---------
@@ -61,7 +166,7 @@ def make_datasets(
         Uses ``seed``, ``segment_frames`` and ``epoch_counter``.
     manifests : dict
         For each set: utterance id to ``length`` and ``spk_id``.
-    pack : PackedFeatures
+    features : PackedFeatures or FeatureFiles
         The features.
     encoder : speechbrain.dataio.encoder.CategoricalEncoder
         The classes.
@@ -69,54 +174,14 @@ def make_datasets(
     Returns
     -------
     dict
-        One for each manifest.
+        A :class:`FeatureDataset` for each manifest.
     """
-    reader = _Reader(hparams, pack, encoder)
-    target = {"func": reader.target, "takes": "spk_id", "provides": "target"}
-    features = {"provides": ["feats", "statistics"]}
-    whole = {"func": reader.whole, "takes": "id", **features}
-    crop = {"func": reader.crop, "takes": ["id", "length"], **features}
     return {
-        name: DynamicItemDataset(
-            manifest,
-            dynamic_items=[crop if name == "train" else whole, target],
-            output_keys=["id", "feats", "statistics", "target"],
+        name: FeatureDataset(
+            hparams, manifest, features, encoder, crop=name == "train"
         )
         for name, manifest in manifests.items()
     }
-
-
-class _Reader:
-    """The dynamic items; a class, so that spawned workers can be sent it."""
-
-    def __init__(self, hparams, pack, encoder):
-        self.pack, self.encoder = pack, encoder
-        self.counter, self.seed = hparams["epoch_counter"], hparams["seed"]
-        self.segment = hparams["segment_frames"]
-
-    def whole(self, name):
-        row = self.pack.row[name]
-        yield torch.from_numpy(self.pack.frames(row))
-        yield self.pack.statistics(row)
-
-    def crop(self, name, length):
-        row = self.pack.row[name]
-        (start,) = crop_starts(
-            self.seed,
-            self.counter.current,
-            [utterance_key(name)],
-            [length],
-            self.segment,
-        )
-        frames = self.pack.frames(row, int(start), self.segment)
-        yield torch.from_numpy(frames)
-        yield self.pack.statistics(row)
-
-    def target(self, speaker):
-        known = speaker is not None
-        return torch.tensor(
-            [self.encoder.encode_label(speaker) if known else -1]
-        )
 
 
 def _ignore_signals(_worker):
@@ -127,8 +192,13 @@ def _ignore_signals(_worker):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+def _as_it_is(batch):
+    """The dataset has collated it."""
+    return batch
+
+
 def make_loaders(
-    hparams: dict, datasets: dict[str, DynamicItemDataset]
+    hparams: dict, datasets: dict[str, FeatureDataset]
 ) -> dict[str, SaveableDataLoader]:
     """Loaders: shuffled crops, and whole utterances in batches by length.
 
@@ -138,6 +208,7 @@ def make_loaders(
     ---------
     hparams : dict
         Uses ``batch_size`` (over all ranks), ``seed``, ``num_workers``,
+        ``pack_on_device``, ``sampler``, ``bucket_batches``,
         ``max_frames_per_batch`` and ``equal_length_batches``.
     datasets : dict
         From :func:`make_datasets`.
@@ -146,7 +217,16 @@ def make_loaders(
     -------
     dict
         One for each dataset.
+
+    Raises
+    ------
+    UserError
+        If there is no such sampler.
     """
+    if hparams["sampler"] not in SAMPLERS:
+        raise UserError(
+            f"sampler={hparams['sampler']!r} is none of {', '.join(SAMPLERS)}."
+        )
     rank, n_ranks = 0, 1
     if torch.distributed.is_initialized():
         rank = torch.distributed.get_rank()
@@ -154,16 +234,23 @@ def make_loaders(
     loaders = {}
     for name, dataset in datasets.items():
         if name == "train":
+            labels = None
+            if hparams["sampler"] == "balanced":
+                targets = dataset.targets[:, 0].numpy()
+                labels = np.unique(targets, return_inverse=True)[1]
             batches = ShuffledBatches(
                 len(dataset),
                 hparams["batch_size"],
                 hparams["seed"],
                 rank,
                 n_ranks,
+                labels,
+                np.minimum(dataset.lengths, dataset.segment),
+                hparams["bucket_batches"],
             )
         else:
             batches = LengthBatches(
-                [dataset.data[key]["length"] for key in dataset.data_ids],
+                dataset.lengths,
                 hparams["max_frames_per_batch"],
                 hparams["equal_length_batches"],
                 rank,
@@ -172,7 +259,11 @@ def make_loaders(
         loaders[name] = make_dataloader(
             dataset,
             batch_sampler=batches,
-            num_workers=hparams["num_workers"],
+            collate_fn=_as_it_is,
+            # A worker can't make batches in the device's memory.
+            num_workers=(
+                0 if hparams["pack_on_device"] else hparams["num_workers"]
+            ),
             worker_init_fn=_ignore_signals,
             # Else starting an epoch would draw from the dropout's generator.
             generator=torch.Generator(),

@@ -132,7 +132,9 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.exit(f"Error: {error}")
+        # One of a loader's worker arrives with the worker's traceback.
+        sentence = str(error).rpartition(f"{UserError.__name__}: ")[2]
+        sys.exit(f"Error: {sentence.strip()}")
     except OSError as error:
         if error.errno not in FULL:
             raise

@@ -10,11 +10,15 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import sys
 import tempfile
 import time
+import warnings
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +26,12 @@ import torch
 from tqdm import tqdm
 
 from spkid.errors import UserError
+from spkid.lengths import valid_mask
+from spkid.tensorfile import parse_matrix
 
 INDEX, FRAMES = "index.npz", "frames.bin"
-CHUNK = 256
+DTYPES = ("float16", "float32")
+CHUNK = 64  # files that are packed by one process and written at once
 STALE_SECONDS = 3600  # a living build writes far more often
 
 
@@ -60,17 +67,21 @@ def file_stamps(
     return digest.hexdigest()
 
 
-def load_feature_file(path: Path, n_mels: int, length: int) -> np.ndarray:
+def load_feature_file(
+    path: str | Path, n_mels: int, length: int, dtype: str = "float32"
+) -> np.ndarray:
     """Reads one utterance and checks it; nothing is unpickled.
 
     Arguments
     ---------
-    path : pathlib.Path
+    path : str or pathlib.Path
         A ``torch.save`` of a float tensor [frames, n_mels].
     n_mels : int
         Bands that it must have.
     length : int
         Frames that it must have.
+    dtype : str
+        The type whose range its values must not leave.
 
     Returns
     -------
@@ -90,7 +101,14 @@ def load_feature_file(path: Path, n_mels: int, length: int) -> np.ndarray:
     (3, 40)
     """
     try:
-        features = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb", buffering=0) as file:
+            content = bytearray(os.fstat(file.fileno()).st_size)
+            file.readinto(content)
+        features = parse_matrix(content)
+        if features is None:
+            features = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            features = torch.from_numpy(features)
     except FileNotFoundError:
         raise UserError(f"{path}: the feature file is missing.") from None
     except Exception as error:
@@ -115,9 +133,113 @@ def load_feature_file(path: Path, n_mels: int, length: int) -> np.ndarray:
             f"{path}: has {len(features)} frames, but its key 'mel_len' in "
             f"the JSON says {length}; make the two agree."
         )
-    if not torch.isfinite(features).all():
+    mel = features.detach().to(torch.float32).numpy()
+    peak = max(mel.max(), -mel.min())
+    if not np.isfinite(peak):
         raise UserError(f"{path}: has values that are NaN or infinite.")
-    return features.detach().to(torch.float32).numpy()
+    if peak > np.finfo(dtype).max:
+        raise UserError(
+            f"{path}: has values beyond {dtype}; give --pack_dtype float32."
+        )
+    return mel
+
+
+def utterance_moments(mel: np.ndarray) -> np.ndarray:
+    """Mean and deviation of each band.
+
+    Arguments
+    ---------
+    mel : numpy.ndarray [frames, n_mels]
+        float32.
+
+    Returns
+    -------
+    numpy.ndarray [2, n_mels]
+        float32.
+
+    Example
+    -------
+    >>> utterance_moments(np.array([[1.0], [3.0]], dtype=np.float32))
+    array([[2.],
+           [1.]], dtype=float32)
+    """
+    mel = torch.from_numpy(mel)
+    mean = mel.mean(dim=0)
+    variance = (mel - mean).square_().mean(dim=0)
+    return torch.stack((mean, variance.sqrt())).numpy()
+
+
+class FeatureFiles:
+    """Features read from their files each time: where a pack has no room.
+
+    Arguments
+    ---------
+    data_folder : pathlib.Path
+        Where the files are.
+    paths : sequence of str
+        Their paths inside it.
+    lengths : sequence of int
+        Their frames.
+    n_mels : int
+        Bands of each frame.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> torch.save(torch.ones(3, 40), folder / "a.pt")
+    >>> files = FeatureFiles(folder, ["a.pt"], [3], n_mels=40)
+    >>> features, statistics = files.batch([0], [1], [2])
+    >>> features.shape, statistics.shape
+    (torch.Size([1, 2, 40]), torch.Size([1, 2, 40]))
+    """
+
+    def __init__(
+        self,
+        data_folder: Path,
+        paths: Sequence[str],
+        lengths: Sequence[int],
+        n_mels: int,
+    ) -> None:
+        self.folder, self.n_mels = Path(data_folder), n_mels
+        self.file = None  # there is none of its own
+        self.paths = list(paths)
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self.row = {path: row for row, path in enumerate(self.paths)}
+
+    def to(self, device: str | torch.device) -> None:
+        """Raises UserError: files aren't in any device's memory."""
+        raise UserError(
+            f"{self.folder}: only a pack can lie on {device}; give --pack True "
+            "or --pack_on_device False."
+        )
+
+    def _load(self, row):
+        path = self.folder / self.paths[row]
+        return load_feature_file(path, self.n_mels, int(self.lengths[row]))
+
+    def frames(
+        self, row: int, start: int = 0, count: int | None = None
+    ) -> np.ndarray:
+        """As :meth:`PackedFeatures.frames`."""
+        return self._load(row)[start:][:count]
+
+    def statistics(self, row: int) -> torch.Tensor:
+        """As :meth:`PackedFeatures.statistics`."""
+        return torch.from_numpy(utterance_moments(self._load(row)))
+
+    def batch(
+        self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`PackedFeatures.batch`."""
+        features = torch.zeros(len(rows), max(counts), self.n_mels)
+        statistics = torch.empty(len(rows), 2, self.n_mels)
+        for i, (row, start, count) in enumerate(
+            zip(rows, starts, counts, strict=True)
+        ):
+            mel = self._load(row)
+            features[i, :count] = torch.from_numpy(mel[start : start + count])
+            statistics[i] = torch.from_numpy(utterance_moments(mel))
+        return features, statistics
 
 
 def _side_folder(folder):
@@ -155,19 +277,18 @@ class PackedFeatures:
             with np.load(folder / INDEX) as index:
                 header = json.loads(str(index["header"]))
                 self.paths: list[str] = index["paths"].tolist()
-                self.lengths, self.mean = index["lengths"], index["mean"]
-                self.deviation = index["deviation"]
+                self.lengths, self.offsets = index["lengths"], index["offsets"]
+                self.moments = index["moments"]
                 self.checksums = index["checksums"]
+            self.stamps, self.dtype = header["stamps"], header["dtype"]
+            self.shape = (header["frames"], header["n_mels"])
         except Exception as error:
             raise UserError(
                 f"{folder / INDEX}: not a readable pack "
                 f"({type(error).__name__}); delete {folder} to have it rebuilt."
             ) from None
-        self.stamps, self.dtype = header["stamps"], np.dtype(header["dtype"])
-        self.offsets = np.concatenate(([0], np.cumsum(self.lengths)))
         self.row = {path: row for row, path in enumerate(self.paths)}
-        shape = (int(self.offsets[-1]), header["n_mels"])
-        size = shape[0] * shape[1] * self.dtype.itemsize
+        size = self.shape[0] * self.shape[1] * np.dtype(self.dtype).itemsize
         self.file = folder / FRAMES
         found = self.file.stat().st_size if self.file.exists() else 0
         if found != size:
@@ -175,17 +296,54 @@ class PackedFeatures:
                 f"{self.file}: has {found} bytes, not {size}; "
                 f"delete {folder} to have it rebuilt."
             )
-        self.data = np.memmap(self.file, self.dtype, "r", shape=shape)
+        self._map()
+
+    def _map(self):
+        """Maps the file; nothing of it is read yet."""
+        self.data = np.memmap(self.file, self.dtype, "r", shape=self.shape)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it can't be written: intended
+            self.tensor = torch.from_numpy(self.data)
+        self._moments = torch.from_numpy(self.moments)
 
     def __getstate__(self) -> dict:
         """A worker that is spawned maps the file itself, not a copy."""
-        return {**self.__dict__, "data": self.data.shape}
+        maps = ("data", "tensor", "_moments")
+        return {k: v for k, v in self.__dict__.items() if k not in maps}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self.data = np.memmap(
-            self.file, self.dtype, "r", shape=tuple(state["data"])
-        )
+        self._map()
+
+    def to(self, device: str | torch.device) -> PackedFeatures:
+        """Moves the pack into a device's memory; batches are made there.
+
+        Arguments
+        ---------
+        device : str or torch.device
+            Where to; the loaders then must not have workers.
+
+        Returns
+        -------
+        PackedFeatures
+            Itself.
+
+        Raises
+        ------
+        UserError
+            If it doesn't fit.
+        """
+        try:
+            # An explicit copy: on a CPU, too, it leaves the file for memory.
+            self.tensor = self.tensor.to(device, copy=True)
+            self._moments = self._moments.to(device)
+        except RuntimeError as error:
+            raise UserError(
+                f"{self.file}: its {self.data.nbytes:,} bytes don't fit into "
+                f"the memory of {device} ({type(error).__name__}); give "
+                "--pack_on_device False."
+            ) from None
+        return self
 
     def frames(
         self, row: int, start: int = 0, count: int | None = None
@@ -206,20 +364,54 @@ class PackedFeatures:
         numpy.ndarray [count, n_mels]
             float32, a copy.
         """
-        first, end = self.offsets[row] + start, self.offsets[row + 1]
+        first, end = self.offsets[row] + start, self.lengths[row]
+        end += self.offsets[row]
         if count is not None:
             end = min(end, first + count)
         return self.data[first:end].astype(np.float32)
 
     def statistics(self, row: int) -> torch.Tensor:
         """Mean and deviation [2, n_mels] over the whole utterance."""
-        both = np.stack((self.mean[row], self.deviation[row]))
-        return torch.from_numpy(both)
+        return torch.from_numpy(self.moments[row])
+
+    def batch(
+        self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Parts of many utterances by one gather, where the pack's memory is.
+
+        Arguments
+        ---------
+        rows : sequence of int [batch]
+            The utterances.
+        starts, counts : sequence of int [batch]
+            First frame and number of frames of each part, inside it.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Features [batch, frames of the longest, n_mels], float32, 0 after
+            a part's end, and statistics [batch, 2, n_mels].
+        """
+        rows, device = np.asarray(rows), self.tensor.device
+        first = torch.from_numpy(self.offsets[rows] + starts).to(device)
+        longest = int(np.max(counts))
+        # Past the end of a shorter part there is a neighbour's frame, or none.
+        index = first[:, None] + torch.arange(longest, device=device)
+        index = index.flatten().clamp_(max=self.shape[0] - 1)
+        features = self.tensor.index_select(0, index).float()
+        features = features.view(len(rows), longest, -1)
+        if np.min(counts) < longest:
+            lengths = torch.as_tensor(counts, device=device)
+            mask = valid_mask(lengths, longest)
+            features.masked_fill_(~mask[..., None], 0.0)
+        index = torch.from_numpy(rows).to(device)
+        return features, self._moments.index_select(0, index)
 
     def verify(self) -> None:
         """Raises UserError unless each utterance has the bytes it got."""
         for row, path in enumerate(self.paths):
-            part = self.data[self.offsets[row] : self.offsets[row + 1]]
+            begin = self.offsets[row]
+            part = self.data[begin : begin + self.lengths[row]]
             if zlib.crc32(part) != self.checksums[row]:
                 raise UserError(
                     f"{self.file}: {path} differs from what was packed; "
@@ -273,6 +465,10 @@ class PackedFeatures:
             For a bad file, or where the disk is full.
         """
         folder, data_folder = Path(folder), Path(data_folder)
+        if dtype not in DTYPES:
+            raise UserError(
+                f"pack_dtype={dtype!r} is none of {', '.join(DTYPES)}."
+            )
         stamps = file_stamps(data_folder, paths, lengths) + f"-{n_mels}"
         if (folder / INDEX).exists():
             pack = cls(folder)
@@ -280,65 +476,30 @@ class PackedFeatures:
                 return pack
             shutil.rmtree(folder)
         part = _side_folder(folder)
-
-        def read(item):
-            path, length = item
-            try:
-                return load_feature_file(data_folder / path, n_mels, length)
-            except UserError as error:
-                return error
-
-        kept, mean, deviation, checksums = [], [], [], []
-        items = list(zip(paths, lengths, strict=True))
+        need = sum(lengths) * n_mels * np.dtype(dtype).itemsize
         try:
-            with (
-                open(part / FRAMES, "wb") as file,
-                ThreadPoolExecutor(os.cpu_count()) as pool,
-                tqdm(
-                    total=len(items),
-                    desc="Packing features",
-                    unit="file",
-                    disable=not progress,
-                ) as bar,
-            ):
-                # By chunks, so that readers never run far ahead of the disk.
-                for begin in range(0, len(items), CHUNK):
-                    chunk = items[begin : begin + CHUNK]
-                    for item, mel in zip(
-                        chunk, pool.map(read, chunk), strict=True
-                    ):
-                        if isinstance(mel, UserError):
-                            if on_error is None:
-                                raise mel
-                            on_error(item[0], mel)
-                            continue
-                        packed = mel.astype(dtype)
-                        file.write(packed.data)
-                        kept.append(item)
-                        mean.append(mel.mean(axis=0))
-                        deviation.append(mel.std(axis=0))
-                        checksums.append(zlib.crc32(packed))
-                    bar.update(len(chunk))
-                file.flush()
-                os.fsync(file.fileno())
-            np.savez(
-                part / INDEX,
-                header=json.dumps(
-                    {"stamps": stamps, "dtype": dtype, "n_mels": n_mels}
-                ),
-                paths=np.array([path for path, _ in kept]),
-                lengths=np.array([n for _, n in kept], dtype=np.int64),
-                mean=np.array(mean, dtype=np.float32),
-                deviation=np.array(deviation, dtype=np.float32),
-                checksums=np.array(checksums, dtype=np.uint32),
+            index = _write_frames(
+                part / FRAMES,
+                need,
+                data_folder,
+                list(zip(paths, lengths, strict=True)),
+                (n_mels, dtype),
+                progress,
+                on_error,
             )
+            header = {
+                "stamps": stamps,
+                "dtype": dtype,
+                "n_mels": n_mels,
+                "frames": sum(lengths),
+            }
+            np.savez(part / INDEX, header=json.dumps(header), **index)
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
-            need = sum(lengths) * n_mels * np.dtype(dtype).itemsize
             raise UserError(
-                f"{folder}: the pack needs {need:,} bytes and could not be "
-                f"written ({error.strerror}); free the space, or name "
-                "another place by --pack_folder."
+                f"{folder / FRAMES}: the pack needs {need:,} bytes and could "
+                f"not be written ({error.strerror}); free the space, name "
+                "another place by --pack_folder, or give --pack False."
             ) from None
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
@@ -349,3 +510,138 @@ class PackedFeatures:
             # Another process has built it meanwhile.
             shutil.rmtree(part, ignore_errors=True)
         return cls(folder)
+
+
+def _write_frames(
+    path, need, data_folder, items, form, progress, on_error
+) -> dict[str, np.ndarray]:
+    """Writes all frames; returns the index of the (path, length) items."""
+    names, lengths = (np.array(column) for column in zip(*items, strict=True))
+    offsets = np.cumsum(lengths) - lengths
+    moments = np.empty((len(items), 2, form[0]), dtype=np.float32)
+    checksums = np.empty(len(items), dtype=np.uint32)
+    good = np.ones(len(items), dtype=bool)
+    chunks = [
+        (int(offsets[begin]), items[begin : begin + CHUNK])
+        for begin in range(0, len(items), CHUNK)
+    ]
+    with (
+        open(path, "w+b") as file,
+        tqdm(
+            total=len(items),
+            desc="Packing features",
+            unit="file",
+            disable=not progress,
+        ) as bar,
+    ):
+        if hasattr(os, "posix_fallocate"):
+            # A full disk is noticed before the files are read.
+            os.posix_fallocate(file.fileno(), 0, need)
+        else:
+            file.truncate(need)
+        work = partial(_pack_chunk, file.fileno(), str(data_folder), *form)
+        end = 0
+        for facts in _in_processes(work, chunks):
+            begin, end = end, end + len(facts[1])
+            moments[begin:end], checksums[begin:end], errors = facts
+            for number, error in errors.items():
+                if on_error is None:
+                    raise error
+                on_error(items[begin + number][0], error)
+                good[begin + number] = False
+            bar.update(end - begin)
+        os.fsync(file.fileno())
+    index = {
+        "paths": names,
+        "lengths": lengths,
+        "offsets": offsets,
+        "moments": moments,
+        "checksums": checksums,
+    }
+    return {key: values[good] for key, values in index.items()}
+
+
+def _pack_chunk(descriptor, data_folder, n_mels, dtype, chunk):
+    """Writes the frames of some files from a frame of the pack on.
+
+    Returns their moments and checksums, and a UserError for each bad one.
+    """
+    place, items = chunk
+    lengths = [length for _, length in items]
+    packed = torch.zeros(sum(lengths), n_mels, dtype=getattr(torch, dtype))
+    moments = np.zeros((len(items), 2, n_mels), dtype=np.float32)
+    checksums = np.zeros(len(items), dtype=np.uint32)
+    errors = {}
+    parts = packed.split(lengths)
+    for number, (path, length) in enumerate(items):
+        try:
+            mel = load_feature_file(
+                f"{data_folder}{os.sep}{path}", n_mels, length, dtype
+            )
+        except UserError as error:
+            errors[number] = error
+            continue
+        parts[number].copy_(torch.from_numpy(mel))
+        moments[number] = utterance_moments(mel)
+        checksums[number] = zlib.crc32(parts[number].numpy())
+    data = memoryview(packed.numpy()).cast("B")
+    place *= n_mels * packed.element_size()
+    while data:  # a disk that is nearly full takes part of it first
+        written = os.pwrite(descriptor, data, place)
+        data, place = data[written:], place + written
+    return moments, checksums, errors
+
+
+def _in_processes(work: Callable, chunks: list) -> Iterator:
+    """Yields work(chunk) for each, in order, done by a process for each core.
+
+    Not a pool of the library: its processes outlive a parent that is killed.
+    """
+    count = 1
+    if sys.platform == "linux":  # elsewhere a fork is missing or unsafe
+        count = min(len(os.sched_getaffinity(0)), len(chunks))
+    if count < 2:
+        yield from map(work, chunks)
+        return
+    context = get_context("fork")
+    processes, results = [], []
+    for number in range(count):
+        result, end = context.Pipe(duplex=False)
+        share = chunks[number::count]
+        process = context.Process(
+            target=_serve,
+            args=(work, share, (result, end), os.getpid()),
+            daemon=True,
+        )
+        process.start()
+        end.close()
+        processes.append(process)
+        results.append(result)
+    try:
+        for number in range(len(chunks)):
+            done = results[number % count].recv()
+            if isinstance(done, Exception):
+                raise done
+            yield done
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _serve(work, chunks, pipe, parent):
+    """A process's share; it ends with its parent."""
+    result, end = pipe
+    result.close()  # else it would wait for itself once the parent is gone
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    torch.set_num_threads(1)
+    for chunk in chunks:
+        if os.getppid() != parent:
+            return
+        try:
+            end.send(work(chunk))
+        except BrokenPipeError:
+            return
+        except Exception as error:
+            end.send(error)
+            return

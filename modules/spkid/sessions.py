@@ -25,8 +25,7 @@ weaker: it divides a speaker who has a single session, too.
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +38,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from spkid.packed import PackedFeatures
+from spkid.checkpoints import save_atomically
+from spkid.packed import FeatureFiles, PackedFeatures
 
 COMPONENTS = 40  # of the fingerprints; what is left of them is mostly content
 ROUNDS = 6  # between labels and covariances; they settle after three or four
@@ -86,13 +86,15 @@ def fingerprint(
 
 
 def pack_fingerprints(
-    pack: PackedFeatures, paths: Sequence[str], progress: bool = True
+    pack: PackedFeatures | FeatureFiles,
+    paths: Sequence[str],
+    progress: bool = True,
 ) -> np.ndarray:
     """Fingerprints of a pack's utterances; made once, kept beside the pack.
 
     Arguments
     ---------
-    pack : PackedFeatures
+    pack : PackedFeatures or FeatureFiles
         The features.
     paths : sequence of str
         Of the utterances, as the pack names them.
@@ -104,23 +106,27 @@ def pack_fingerprints(
     np.ndarray [utterances, 4 * n_mels]
         float32.
     """
-    cache = pack.file.with_name("fingerprints.npy")
-    if cache.exists():
-        return np.load(cache)[[pack.row[path] for path in paths]]
-    everything = np.empty((len(pack.lengths), 4 * pack.data.shape[1]), "f4")
-    for row in tqdm(
-        range(len(everything)),
-        desc="Listening to the channels",
-        unit="utterance",
-        disable=not progress,
-    ):
-        everything[row] = fingerprint(
-            pack.frames(row), pack.mean[row], pack.deviation[row]
-        )
-    with tempfile.NamedTemporaryFile(dir=cache.parent, delete=False) as part:
-        np.save(part, everything)
-    os.replace(part.name, cache)
-    return everything[[pack.row[path] for path in paths]]
+    wanted = [pack.row[path] for path in paths]
+    cache = pack.file and pack.file.with_name("fingerprints.npy")
+    if cache and cache.exists():
+        return np.load(cache)[wanted]
+    everything = np.stack(
+        [
+            fingerprint(pack.frames(row), *pack.statistics(row).numpy())
+            for row in tqdm(
+                range(len(pack.lengths)),
+                desc="Listening to the channels",
+                unit="utterance",
+                disable=not progress,
+            )
+        ],
+        dtype=np.float32,
+    )
+    if cache:
+        content = io.BytesIO()
+        np.save(content, everything)
+        save_atomically(content.getvalue(), cache)
+    return everything[wanted]
 
 
 @dataclass

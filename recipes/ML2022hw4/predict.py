@@ -88,15 +88,19 @@ def main(arguments: list[str]) -> None:
             f"{corpus.folder / 'mapping.json'}: its speakers are not those of "
             f"{speakers}; give the mapping.json that the run was trained with."
         )
-    pack = prepare.pack_corpus(corpus, hparams["pack_folder"])
+    pack = prepare.pack_corpus(
+        corpus, hparams["pack_folder"], hparams["pack"], hparams["pack_dtype"]
+    )
     manifests = {"test": manifest(corpus.test)}
     encoder = label_encoder(corpus.speakers)
-    datasets = make_datasets(hparams, manifests, pack, encoder)
     brain = SpeakerBrain(
         modules=hparams["modules"],
         hparams=hparams,
         run_opts={"device": args.device} if args.device else None,
     )
+    if hparams["pack_on_device"]:
+        pack.to(brain.device)
+    datasets = make_datasets(hparams, manifests, pack, encoder)
     brain.evaluate(make_loaders(hparams, datasets)["test"])
     target = args.submission or args.output_folder / "submission.csv"
     write_submission(corpus, brain.scores, target)

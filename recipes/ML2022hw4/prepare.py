@@ -19,7 +19,7 @@ from pathlib import Path
 import mini_corpus
 from spkid.errors import UserError, run_command, table
 from spkid.hparams import check_values, plain_values
-from spkid.packed import PackedFeatures
+from spkid.packed import FeatureFiles, PackedFeatures
 from validate import (
     LIMITS,
     Corpus,
@@ -34,8 +34,11 @@ DEFAULT_DATA = ROOT / "data"
 
 
 def pack_corpus(
-    corpus: Corpus, pack_folder: str | Path | None = None
-) -> PackedFeatures:
+    corpus: Corpus,
+    pack_folder: str | Path | None = None,
+    pack: bool = True,
+    pack_dtype: str = "float16",
+) -> PackedFeatures | FeatureFiles:
     """Opens the pack of a corpus; builds it where it is missing or old.
 
     Arguments
@@ -45,20 +48,31 @@ def pack_corpus(
         be used are left out of it, too, if it allows that.
     pack_folder : str or pathlib.Path, optional
         Where the packs are kept; None: data/packs of this project.
+    pack : bool
+        False: no pack is written, the files themselves are read each time.
+    pack_dtype : str
+        "float16" or "float32".
 
     Returns
     -------
-    PackedFeatures
+    PackedFeatures or FeatureFiles
 
     Raises
     ------
     UserError
         For all files that can't be used, unless they may be skipped.
     """
+    utterances = corpus.labelled + corpus.test
+    if not pack and corpus.on_bad_file == "skip":  # nothing else opens all
+        corpus.leave_out(unusable(corpus.folder, utterances, corpus.n_mels))
+        utterances = corpus.labelled + corpus.test
+    paths = [u.path for u in utterances]
+    lengths = [u.length for u in utterances]
+    if not pack:
+        return FeatureFiles(corpus.folder, paths, lengths, corpus.n_mels)
     place = os.path.realpath(corpus.folder)
     name = hashlib.blake2b(place.encode(), digest_size=4).hexdigest()
     packs = Path(pack_folder) if pack_folder else DEFAULT_DATA / "packs"
-    utterances = corpus.labelled + corpus.test
     n_bad = 0
 
     def left_out(_path, _error):
@@ -70,9 +84,10 @@ def pack_corpus(
     pack = PackedFeatures.build(
         packs / f"{os.path.basename(place)}-{name}",
         corpus.folder,
-        [u.path for u in utterances],
-        [u.length for u in utterances],
+        paths,
+        lengths,
         corpus.n_mels,
+        pack_dtype,
         on_error=left_out,
     )
     # The pack of an earlier attempt lacks the bad ones, too: they are opened
@@ -110,13 +125,14 @@ def _warn_of_twins(corpus, pack):
 
 def resolve_data(
     hparams_file: str | Path, overrides: str
-) -> tuple[Corpus, PackedFeatures, str]:
+) -> tuple[Corpus, PackedFeatures | FeatureFiles, str]:
     """The data that a YAML file names; builds the mini corpus if it is none.
 
     Arguments
     ---------
     hparams_file : str or pathlib.Path
-        A HyperPyYAML file with ``data_folder`` and ``pack_folder``.
+        A HyperPyYAML file with ``data_folder``, ``pack_folder``, ``pack`` and
+        ``pack_dtype``.
     overrides : str
         The command line's, as YAML text.
 
@@ -141,7 +157,8 @@ def resolve_data(
         decided["data_folder"] = str(folder)
     for key, value in decided.items():
         overrides += f"\n{key}: {json.dumps(value)}"
-    return corpus, pack_corpus(corpus, plain["pack_folder"]), overrides
+    choices = (plain[key] for key in ("pack_folder", "pack", "pack_dtype"))
+    return corpus, pack_corpus(corpus, *choices), overrides
 
 
 def main(arguments: list[str]) -> None:
@@ -161,7 +178,7 @@ def main(arguments: list[str]) -> None:
     print(
         f"{corpus.folder} is in order: {len(corpus.speakers)} speakers, "
         f"{len(corpus.labelled)} labelled and {len(corpus.test)} test "
-        f"utterances, {pack.offsets[-1] / 360_000:.1f} hours.\n"
+        f"utterances, {pack.lengths.sum() / 360_000:.1f} hours.\n"
         f"The pack is in {pack.file.parent}"
     )
 

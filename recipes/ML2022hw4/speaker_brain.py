@@ -8,6 +8,7 @@ import speechbrain as sb
 import torch
 
 from spkid.brain import RobustBrain
+from spkid.inference import UtteranceEmbedder
 from spkid.lengths import absolute_lengths
 from spkid.scoring import gather_scores, score_batch, summarize_parts
 
@@ -16,6 +17,19 @@ class SpeakerBrain(RobustBrain):
     """Trains ``embedding_model`` and ``classifier``; scores utterances."""
 
     parts: ClassVar = {}  # of the validation: is an utterance's session known
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Not through DistributedDataParallel, which would wait for ranks
+        # that have fewer batches.
+        self.embedder = UtteranceEmbedder(
+            self.hparams.embedding_model,
+            self.hparams.max_frames_per_batch,
+            self.hparams.equal_length_batches,
+            self.hparams.evaluation,
+            self.hparams.window_frames,
+            self.hparams.window_hop,
+        )
 
     def compute_forward(self, batch, stage):
         """Log-posteriors [batch, 1, speakers]; a margin in training only."""
@@ -30,9 +44,7 @@ class SpeakerBrain(RobustBrain):
             features.to(self.device), lengths, statistics
         )
         if stage != sb.Stage.TRAIN:
-            # Not through DistributedDataParallel, which would wait for ranks
-            # that have fewer batches.
-            self.embeddings = self.hparams.embedding_model(features, relative)
+            self.embeddings = self.embedder(features, lengths)
             return self.hparams.classifier(self.embeddings)
         embeddings = self.modules.embedding_model(features, relative)
         targets = batch.target.data.to(self.device)

@@ -43,6 +43,7 @@ def run_identity(hparams, corpus):
     """What a run may not change when it goes on."""
     alone = not torch.distributed.is_initialized()
     keys = (*split.KEYS, "batch_size", "segment_frames")
+    keys += ("sampler", "bucket_batches")
     return {
         "data": corpus.digest(),
         "processes": 1 if alone else torch.distributed.get_world_size(),
@@ -85,6 +86,8 @@ def make_brain(hparams, run_opts, corpus, pack, identity):
         key: entry["part"] for key, entry in manifests["valid"].items()
     }
     manifests = {name: part for name, part in manifests.items() if part}
+    if hparams["pack_on_device"]:
+        pack.to(brain.device)
     datasets = make_datasets(hparams, manifests, pack, encoder)
     loaders = make_loaders(hparams, datasets)
     brain.train_sampler = loaders["train"].batch_sampler  # told the epoch

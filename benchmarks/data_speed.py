@@ -1,0 +1,445 @@
+#!/usr/bin/env python3
+"""Speed and memory of spkid's data path at the HW4 data's true scale.
+
+Makes, once, a set of random log-mels in the form of the data (64,666 files,
+42.5 million frames, 6.8 GB; ``--fraction`` of it on smaller machines), then
+compares in one run, by turns, medians: crops of an epoch from a torch.load
+for each file and from the pack; building the pack and plainly reading the
+files' bytes; a test pass one by one and in batches by length; the start of
+training and resident memory at growing sizes. The last line is JSON.
+
+    python benchmarks/data_speed.py --fraction 0.015625
+    python benchmarks/data_speed.py --folder /somewhere/with/14/GB
+    python benchmarks/data_speed.py --measures test --device cuda
+
+Everything is read from a warm cache if memory suffices for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from speechbrain.utils.epoch_loop import EpochCounter
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "ML2022hw4"))
+import prepare
+from spkid.conformer import ConformerEncoder
+from spkid.dataio import label_encoder, make_datasets, make_loaders
+from spkid.embedding import SpeakerEmbedding
+from spkid.inference import UtteranceEmbedder
+from spkid.lengths import absolute_lengths
+from spkid.pooling import AttentiveStatisticsPooling
+
+Arguments = argparse.Namespace
+
+BANDS, SPEAKERS, CROP, BATCH, MIB = 40, 600, 128, 32, 2**20
+UTTERANCES, TEST, VALID = 64_666, 8_000, 5_666
+MEASURES = ("crops", "build", "test", "growth")
+# The true lengths: percentile, frames.
+QUANTILES = {
+    0: 91, 0.1: 252, 1: 314, 5: 368, 10: 397, 15: 410, 20: 423, 25: 440,
+    30: 455, 35: 474, 40: 493, 45: 518, 50: 540, 55: 569, 60: 601, 65: 636,
+    70: 683, 75: 737, 80: 807, 85: 906, 90: 1055, 95: 1337, 97: 1568,
+    98: 1773, 99: 2143, 99.5: 2544, 99.9: 3714, 99.99: 4881, 100: 7193,
+}  # fmt: skip
+
+
+def make_set(folder: Path, fraction: float) -> Path:
+    """Writes the set, unless it is there; a speaker has a mean spectrum."""
+    if (folder / "testdata.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    total = round(UTTERANCES * fraction)
+    places = (np.arange(total) + 0.5) / total * 100
+    lengths = np.interp(places, list(QUANTILES), list(QUANTILES.values()))
+    generator = np.random.default_rng(0)
+    lengths = generator.permutation(lengths.round().astype(int)).tolist()
+    noise = generator.normal(-2, 4, (200_000, BANDS)).astype(np.float32)
+    voices = generator.normal(0, 1, (SPEAKERS, BANDS)).astype(np.float32)
+    speakers = [f"id{i:05d}" for i in range(min(SPEAKERS, total // 8))]
+    n_test = round(TEST * fraction)
+    metadata = {speaker: [] for speaker in speakers}
+    test = []
+    for number, length in enumerate(tqdm(lengths, "Making the set")):
+        name = f"uttr-{number:032x}.pt"
+        first = int(generator.integers(len(noise) - length))
+        speaker = number % len(speakers)
+        mel = noise[first : first + length] + voices[speaker]
+        torch.save(torch.from_numpy(mel), folder / name)
+        entry = {"feature_path": name, "mel_len": length}
+        own = metadata[speakers[speaker]]
+        (test if number < n_test else own).append(entry)
+    mapping = {speaker: i for i, speaker in enumerate(speakers)}
+    contents = {
+        "mapping": {
+            "speaker2id": mapping,
+            "id2speaker": {str(i): s for s, i in mapping.items()},
+        },
+        "metadata": {"n_mels": BANDS, "speakers": metadata},
+        "testdata": {"n_mels": BANDS, "utterances": test},
+    }
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def read_set(folder: Path, share: float = 1.0) -> prepare.Corpus:
+    """The set's corpus, or a part of its utterances spread over it."""
+    corpus = prepare.read_corpus(folder)
+    step = round(1 / share)
+    corpus.labelled = corpus.labelled[::step]
+    corpus.test = corpus.test[::step]
+    return corpus
+
+
+class Course(torch.utils.data.Dataset):
+    """Crops as in the course's and the student's code: torch.load each."""
+
+    def __init__(self, corpus: prepare.Corpus) -> None:
+        indices = {name: i for i, name in enumerate(corpus.speakers)}
+        self.items = [
+            (str(corpus.folder / u.path), indices[u.speaker])
+            for u in corpus.labelled
+        ]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        path, speaker = self.items[index]
+        mel = torch.load(path, weights_only=True)
+        if len(mel) > CROP:
+            start = int(torch.randint(len(mel) - CROP, ()))
+            mel = mel[start : start + CROP]
+        return mel, speaker
+
+
+def collate_course(batch: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """The course's collate function: pads by -20."""
+    mels, speakers = zip(*batch, strict=True)
+    padded = nn.utils.rnn.pad_sequence(mels, True, padding_value=-20)
+    return padded, torch.tensor(speakers)
+
+
+def pack_loaders(
+    corpus: prepare.Corpus,
+    pack: object,
+    workers: int = 0,
+    on_device: bool = False,
+) -> dict:
+    """spkid's loaders: an epoch of crops, the test utterances by length."""
+    counter = EpochCounter(1)
+    next(counter)
+    hparams = {
+        "seed": 0,
+        "segment_frames": CROP,
+        "epoch_counter": counter,
+        "batch_size": BATCH,
+        "num_workers": workers,
+        "pack_on_device": on_device,
+        "sampler": "all",
+        "bucket_batches": 1,
+        "max_frames_per_batch": 16000,
+        "equal_length_batches": False,
+    }
+    manifests = {
+        "train": prepare.manifest(corpus.labelled),
+        "test": prepare.manifest(corpus.test),
+    }
+    encoder = label_encoder(corpus.speakers)
+    return make_loaders(
+        hparams, make_datasets(hparams, manifests, pack, encoder)
+    )
+
+
+def alternate(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Median seconds of calls that take turns."""
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+            print(f"  {name:<32}{times[name][-1]:>10.3f} s", flush=True)
+    return {n: round(statistics.median(t), 4) for n, t in times.items()}
+
+
+def ratio(over: float, under: float) -> float:
+    """A quotient."""
+    return round(over / under, 2)
+
+
+def exhaust(loader: object) -> None:
+    """Draws all batches."""
+    for _ in loader:
+        pass
+
+
+def measure_crops(corpus: prepare.Corpus, args: Arguments) -> dict:
+    """One epoch of crops, read in five ways."""
+    pack = prepare.pack_corpus(corpus, args.packs)
+    on_device = prepare.pack_corpus(corpus, args.packs)
+    on_device.to(args.device)
+    # An epoch is of what isn't held out for validation.
+    corpus = replace(
+        corpus, labelled=corpus.labelled[round(VALID * args.fraction) :]
+    )
+    print(f"An epoch: {len(corpus.labelled):,} crops of {CROP}", flush=True)
+    course = {
+        f"torch.load, {workers} workers": torch.utils.data.DataLoader(
+            Course(corpus),
+            BATCH,
+            shuffle=True,
+            num_workers=workers,
+            collate_fn=collate_course,
+        )
+        for workers in (0, 2)
+    }
+    ours = {
+        "pack, 0 workers": pack_loaders(corpus, pack),
+        "pack, 2 workers": pack_loaders(corpus, pack, 2),
+        f"pack on {args.device}": pack_loaders(corpus, on_device, 0, True),
+    }
+    loaders = course | {name: both["train"] for name, both in ours.items()}
+    exhaust(loaders["pack, 0 workers"])  # the cache is warmed
+    calls = {n: (lambda it=it: exhaust(it)) for n, it in loaders.items()}
+    seconds = alternate(calls, args.rounds)
+    alone = seconds["torch.load, 0 workers"]
+    two = seconds["torch.load, 2 workers"]
+    best = seconds["pack, 0 workers"]
+    return {
+        "seconds": seconds,
+        "pack_times_faster_than_0_workers": ratio(alone, best),
+        "pack_times_faster_than_2_workers": ratio(two, best),
+    }
+
+
+def read_bytes(corpus: prepare.Corpus) -> None:
+    """Plainly reads each file."""
+    for utterance in corpus.labelled + corpus.test:
+        (corpus.folder / utterance.path).read_bytes()
+
+
+def measure_build(corpus: prepare.Corpus, args: Arguments) -> dict:
+    """Building the pack, plainly reading, and reading all by torch.load."""
+    print("Building the pack", flush=True)
+    place = args.packs / "built"
+
+    def build() -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        prepare.pack_corpus(corpus, place)
+
+    def load() -> None:
+        for utterance in corpus.labelled + corpus.test:
+            torch.load(corpus.folder / utterance.path, weights_only=True)
+
+    read_bytes(corpus)
+    calls = {
+        "reading the bytes": lambda: read_bytes(corpus),
+        "building the pack": build,
+        "torch.load of each": load,
+    }
+    seconds = alternate(calls, args.rounds)
+    shutil.rmtree(place)
+    read, built, loaded = seconds.values()
+    return {
+        "seconds": seconds,
+        "build_times_reading": ratio(built, read),
+        "build_times_torch_load": ratio(built, loaded),
+    }
+
+
+def measure_test(corpus: prepare.Corpus, args: Arguments) -> dict:
+    """The test utterances one by one and in batches, by the same model."""
+    print(f"A test pass: {len(corpus.test):,} utterances", flush=True)
+    torch.manual_seed(0)
+    model = SpeakerEmbedding(
+        ConformerEncoder(BANDS, d_model=64, n_layers=2, n_heads=4, d_ff=256),
+        AttentiveStatisticsPooling(64),
+        embedding_size=64,
+    )
+    model = model.to(args.device).eval()
+    classes = torch.randn(64, SPEAKERS, device=args.device)
+    pack = prepare.pack_corpus(corpus, args.packs)
+    passes = []
+
+    def measured(x: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
+        passes.append(x.shape[0] * x.shape[1])
+        return model(x, relative)
+
+    embedder = UtteranceEmbedder(measured, 16000)
+    one, many = {}, {}
+
+    @torch.inference_mode()
+    def one_by_one() -> None:
+        for utterance in corpus.test:
+            path = corpus.folder / utterance.path
+            mel = torch.load(path, weights_only=True)[None].to(args.device)
+            scores = model(mel - mel.mean(dim=1, keepdim=True))[0, 0] @ classes
+            one[utterance.path] = int(scores.argmax())
+
+    @torch.inference_mode()
+    def bucketed() -> None:
+        for batch in pack_loaders(corpus, pack)["test"]:
+            x, relative = batch.to(args.device).feats
+            x = x - batch.statistics.data[:, :1]
+            lengths = absolute_lengths(relative, x.shape[1])
+            guesses = (embedder(x, lengths).squeeze(1) @ classes).argmax(1)
+            many.update(zip(batch.id, guesses.tolist(), strict=True))
+
+    calls = {"one by one": one_by_one, "in batches": bucketed}
+    seconds = alternate(calls, 1 if args.device == "cpu" else args.rounds)
+    return {
+        "seconds": seconds,
+        "batches_times_faster": ratio(*seconds.values()),
+        "utterances": len(one),
+        "equal_predictions": sum(one[name] == many[name] for name in one),
+        "longest_utterance": max(u.length for u in corpus.test),
+        "most_frames_in_a_pass": max(passes),
+    }
+
+
+def own_mib() -> float:
+    """Memory of this process and its children beside the page cache."""
+    total = 0
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    for process in (str(os.getpid()), *children.split()):
+        rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
+        # What a fork shares with its parent counts once.
+        total += int(rollup.split("Pss_Anon:")[1].split()[0])
+    return total / 1024
+
+
+def start_training(args: Arguments) -> dict:
+    """In a process of its own: the start on a built pack, and an epoch."""
+    before = own_mib()
+    begin = time.perf_counter()
+    laps = {}
+
+    def lap(name: str) -> None:
+        laps[name] = round(time.perf_counter() - begin - sum(laps.values()), 3)
+
+    corpus = read_set(args.set, args.share)
+    lap("JSON and checks")
+    pack = prepare.pack_corpus(corpus, args.packs)
+    lap("pack")
+    loader = pack_loaders(corpus, pack, args.workers)["train"]
+    lap("datasets and loaders")
+    batches = iter(loader)
+    next(batches)
+    lap("first batch")
+    started = time.perf_counter() - begin
+    peak = own_mib()
+    for number, _ in enumerate(batches):
+        if number % 50 == 0:
+            peak = max(peak, own_mib())
+    return {
+        "utterances": len(corpus.labelled) + len(corpus.test),
+        "start_s": round(started, 3),
+        "laps": laps,
+        "loader_mib": round(peak - before, 1),
+        "process_mib": round(peak, 1),
+    }
+
+
+def measure_growth(_: prepare.Corpus, args: Arguments) -> dict:
+    """Start of training and memory at 1/16, 1/4 and the whole set."""
+    print("Start of training on a built pack, loader memory", flush=True)
+    figures = {}
+    for share in (1 / 16, 1 / 4, 1):
+        prepare.pack_corpus(read_set(args.set, share), args.packs)
+        for workers in (0, 2):
+            command = [sys.executable, __file__, "--start-of", str(args.set)]
+            command += ["--packs", str(args.packs), "--share", str(share)]
+            done = subprocess.run(
+                [*command, "--workers", str(workers)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            found = json.loads(done.stdout.splitlines()[-1])
+            figures[f"{share:g} of the set, {workers} workers"] = found
+            print(
+                f"  {found['utterances']:>6} utterances, {workers} workers: "
+                f"{found['start_s']:.2f} s, loader {found['loader_mib']:.0f} "
+                f"MiB of {found['process_mib']:.0f} MiB",
+                flush=True,
+            )
+    return figures
+
+
+def parse() -> Arguments:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--fraction", type=float, default=1.0, help="of the true size")
+    add("--folder", type=Path, help="keeps the set (default: temporary)")
+    add("--measures", nargs="+", choices=MEASURES, default=MEASURES)
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", type=int, default=2)
+    add("--rounds", type=int, default=3)
+    add("--start-of", dest="set", type=Path, help=argparse.SUPPRESS)
+    add("--packs", type=Path, help=argparse.SUPPRESS)
+    add("--share", type=float, help=argparse.SUPPRESS)
+    add("--workers", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures what the command line asks for."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    if args.set:
+        print(json.dumps(start_training(args)))
+        return
+    temporary = None if args.folder else tempfile.mkdtemp(prefix="hw4-scale-")
+    folder = args.folder or Path(temporary)
+    try:
+        args.set = make_set(folder / f"set-{args.fraction:g}", args.fraction)
+        args.packs = folder / "packs"
+        corpus = read_set(args.set)
+        figures = {
+            "fraction": args.fraction,
+            "utterances": len(corpus.labelled) + len(corpus.test),
+            "frames": sum(u.length for u in corpus.labelled + corpus.test),
+            "device": args.device,
+            "threads": args.threads,
+            "cores": len(os.sched_getaffinity(0)),
+            "load": os.getloadavg()[0],
+            "torch": torch.__version__,
+        }
+        measures = {
+            "crops": measure_crops,
+            "build": measure_build,
+            "test": measure_test,
+            "growth": measure_growth,
+        }
+        for name in args.measures:
+            figures[name] = measures[name](corpus, args)
+        print(json.dumps(figures))
+    finally:
+        if temporary:
+            shutil.rmtree(temporary)
+
+
+if __name__ == "__main__":
+    main()
