@@ -193,15 +193,18 @@ def test_folds_divide_sessions(found, folds, seed):
             assert set(fold[rows]) == set(range(folds))
 
 
-def test_sessions_from_the_list_s_ends_at_the_surest_edge():
-    label = np.repeat([0, 1, 2], [2, 6, 2])
+def test_the_last_sessions_are_held_out_from_the_surest_edge():
     strength = np.zeros(10)
-    strength[[2, 8]] = 1.0, 5.0
+    strength[[2, 7, 8, 9]] = 9.0, 5.0, 6.0, 1.0
+    label = np.cumsum(strength > 0)
     found = Sessions(label, np.zeros(10, int), strength)
     assert np.flatnonzero(hold_out(found, 0.1, 0)).tolist() == [8, 9]
+    assert np.flatnonzero(hold_out(found, 0.15, 0)).tolist() == [8, 9]
+    assert np.flatnonzero(hold_out(found, 0.05, 0)).tolist() == [9]
     # A surer edge further in is taken only if it holds out little enough.
-    strength[2] = 9.0
-    assert np.flatnonzero(hold_out(found, 0.1, 0)).tolist() == [0, 1]
+    assert np.flatnonzero(hold_out(found, 0.4, 0)).tolist() == list(
+        range(2, 10)
+    )
 
 
 def test_a_fingerprint_by_hand():

@@ -401,10 +401,10 @@ def _covariances(points, speaker, label, noise):
 def hold_out(sessions: Sessions, share: float, seed: int) -> np.ndarray:
     """Whole sessions to validate on, of each speaker with two or more.
 
-    Where the list is in the order of recording, sessions are taken from its
-    beginning or end, so that a speaker has a single edge between training and
-    validation, and that edge is the surest of those that hold out about the
-    share. Elsewhere sessions are drawn at random.
+    Where the list is in the order of recording, a speaker's last sessions are
+    held out: a test of recordings to come is predicted from those before, and
+    training and validation meet at a single edge, the surest of those that
+    hold out about the share. Elsewhere sessions are drawn at random.
 
     Arguments
     ---------
@@ -436,15 +436,11 @@ def hold_out(sessions: Sessions, share: float, seed: int) -> np.ndarray:
             continue
         if sessions.strength is not None:
             cuts = np.flatnonzero(np.diff(label)) + 1
-            limit = max(2 * share * count, min(cuts[0], count - cuts[-1]))
-            sure = sessions.strength[rows]
-            _, first, last = max(
-                (sure[cut], first, last)
-                for cut in cuts
-                for first, last in ((0, cut), (cut, count))
-                if last - first <= limit
+            near = [cut for cut in cuts if count - cut <= 2 * share * count]
+            cut = max(
+                near or cuts[-1:], key=lambda c: sessions.strength[rows[c]]
             )
-            held[rows[first:last]] = True
+            held[rows[cut:]] = True
             continue
         limit = max(share * count, sizes.min())
         for session in generator.permutation(len(sizes)):
