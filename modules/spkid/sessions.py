@@ -403,16 +403,16 @@ def hold_out(sessions: Sessions, share: float, seed: int) -> np.ndarray:
 
     Where the list is in the order of recording, a speaker's last sessions are
     held out: a test of recordings to come is predicted from those before, and
-    training and validation meet at a single edge, the surest of those that
-    hold out about the share. Elsewhere sessions are drawn at random.
+    training and validation meet at a single edge. Elsewhere sessions are drawn
+    at random.
 
     Arguments
     ---------
     sessions : Sessions
         Of all utterances.
     share : float
-        Of a speaker's utterances, in (0, 1); exceeded up to twice for a surer
-        edge, and further only where even the smallest session is larger.
+        Of a speaker's utterances, in (0, 1): whole sessions come as near to
+        it as they can.
     seed : int
         Of the draw.
 
@@ -436,10 +436,8 @@ def hold_out(sessions: Sessions, share: float, seed: int) -> np.ndarray:
             continue
         if sessions.strength is not None:
             cuts = np.flatnonzero(np.diff(label)) + 1
-            near = [cut for cut in cuts if count - cut <= 2 * share * count]
-            cut = max(
-                near or cuts[-1:], key=lambda c: sessions.strength[rows[c]]
-            )
+            # Not the surest edge: the sessions beyond it are the oddest.
+            cut = min(cuts, key=lambda cut: abs(count - cut - share * count))
             held[rows[cut:]] = True
             continue
         limit = max(share * count, sizes.min())
