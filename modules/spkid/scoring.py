@@ -86,13 +86,17 @@ def gather_scores(scores: dict[str, Score]) -> dict[str, Score]:
     return {key: Score(*row) for part in parts for key, row in part.items()}
 
 
-def summarize(scores: dict[str, Score]) -> dict[str, float | None]:
+def summarize(
+    scores: dict[str, Score], by_speaker: bool = False
+) -> dict[str, float | None]:
     """Accuracy and mean loss over the utterances whose speaker is known.
 
     Arguments
     ---------
     scores : dict
         Scores by utterance id.
+    by_speaker : bool
+        Accuracy is the mean of the speakers' accuracies.
 
     Returns
     -------
@@ -107,9 +111,13 @@ def summarize(scores: dict[str, Score]) -> dict[str, float | None]:
     known = [score for score in scores.values() if score.target >= 0]
     if not known:
         return {"accuracy": None, "loss": None}
-    right = sum(score.guess == score.target for score in known)
+    targets = np.array([score.target for score in known])
+    right = targets == [score.guess for score in known]
+    if by_speaker:
+        index = np.unique(targets, return_inverse=True)[1]
+        right = np.bincount(index, right) / np.bincount(index)
     return {
-        "accuracy": right / len(known),
+        "accuracy": float(right.mean()),
         "loss": sum(score.loss for score in known) / len(known),
     }
 
@@ -118,6 +126,10 @@ def summarize_parts(
     scores: dict[str, Score], parts: dict[str, str]
 ) -> dict[str, float | None]:
     """Figures of a validation on new and on known sessions.
+
+    Accuracies are means over speakers: whose held-out sessions happen to be
+    long have more utterances there and fewer in training, so that a mean over
+    utterances would be too low.
 
     Arguments
     ---------
@@ -144,13 +156,13 @@ def summarize_parts(
     """
     known = {key: s for key, s in scores.items() if parts.get(key) == "known"}
     new = {key: score for key, score in scores.items() if key not in known}
-    result = summarize(new)
+    result = summarize(new, True)
     if not known:
         return result
-    result |= {f"known_{key}": v for key, v in summarize(known).items()}
+    result |= {f"known_{key}": v for key, v in summarize(known, True).items()}
     both = {s.target for s in known.values()} & {s.target for s in new.values()}
     accuracies = [
-        summarize({k: s for k, s in part.items() if s.target in both})[
+        summarize({k: s for k, s in part.items() if s.target in both}, True)[
             "accuracy"
         ]
         for part in (known, new)

@@ -21,6 +21,7 @@ from speaker_brain import SpeakerBrain
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import UserError, run_command
 from spkid.hparams import load_hparams
+from spkid.scoring import summarize
 from validate import manifest, read_corpus
 
 # The run's loggers and checkpoints are not touched.
@@ -104,7 +105,7 @@ def main(arguments: list[str]) -> None:
     brain.evaluate(make_loaders(hparams, datasets)["test"])
     target = args.submission or args.output_folder / "submission.csv"
     write_submission(corpus, brain.scores, target)
-    accuracy = brain.result["accuracy"]
+    accuracy = summarize(brain.scores)["accuracy"]
     known = "unknown" if accuracy is None else f"{accuracy:.4f}"
     print(f"Test accuracy {known}\n{target}: {len(corpus.test_paths)} rows")
 

@@ -10,7 +10,12 @@ import torch
 from spkid.brain import RobustBrain
 from spkid.inference import UtteranceEmbedder
 from spkid.lengths import absolute_lengths
-from spkid.scoring import gather_scores, score_batch, summarize_parts
+from spkid.scoring import (
+    gather_scores,
+    score_batch,
+    summarize,
+    summarize_parts,
+)
 
 
 class SpeakerBrain(RobustBrain):
@@ -67,7 +72,7 @@ class SpeakerBrain(RobustBrain):
         )
         self.scores |= scores
         # An unlabelled utterance's loss says nothing.
-        loss = summarize_parts(scores, {})["loss"]
+        loss = summarize(scores)["loss"]
         return torch.tensor(0.0 if loss is None else loss)
 
     def on_fit_batch_start(self, batch, should_step):
@@ -91,9 +96,9 @@ class SpeakerBrain(RobustBrain):
             self.train_loss = stage_loss
             return
         self.scores = gather_scores(self.scores)
-        self.result = summarize_parts(self.scores, self.parts)
         if stage == sb.Stage.TEST:
             return
+        self.result = summarize_parts(self.scores, self.parts)
         # Before the checkpoint: an epoch that is repeated is logged again,
         # which replaces its line.
         for train_logger in self.hparams.loggers:

@@ -157,7 +157,8 @@ def _train(args, threads, data, changes, split, seed, output):
 
 def accuracies(run: Path) -> dict[str, float]:
     """Accuracy on each part of a run, over the speakers that the held-out
-    utterances and the test both cover; "test, all" over all."""
+    utterances and the test both cover; of what is validated on, the mean over
+    speakers, as in training. "test, all" is over all."""
     with np.load(run / "evaluation.npz") as evaluation:
         part, target, guess = (
             evaluation[key] for key in ("part", "target", "guess")
@@ -169,8 +170,17 @@ def accuracies(run: Path) -> dict[str, float]:
     covered = np.isin(target, both)
     for name in PARTS:
         chosen = covered & (part == name)
-        if chosen.any():
+        if name == "test":
             result[name] = float(right[chosen].mean())
+        elif chosen.any():
+            result[name] = float(
+                np.mean(
+                    [
+                        right[chosen & (target == s)].mean()
+                        for s in np.unique(target[chosen])
+                    ]
+                )
+            )
     return result
 
 

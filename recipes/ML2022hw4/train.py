@@ -13,7 +13,6 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import speechbrain as sb
 import torch
@@ -26,18 +25,16 @@ import prepare
 import split
 from results import WEIGHTS, by_part, write_results
 from speaker_brain import SpeakerBrain
-from validate import read_json
-from spkid.brain import RobustBrain
 from spkid.checkpoints import RunState, check_identity, save_atomically
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import run_command, table
 from spkid.hparams import load_hparams, plain_values
-from spkid.lengths import absolute_lengths
 from spkid.scoring import (
-    gather_scores,
-    score_batch,
+    summarize,
     summarize_parts,
 )
+from validate import read_json
+
 
 def run_identity(hparams, corpus):
     """What a run may not change when it goes on."""
@@ -105,9 +102,9 @@ def choose_weights(brain, valid_loader):
     for count in sorted({1, count}):
         brain.checkpointer.load_average(count, "accuracy", WEIGHTS)
         brain.evaluate(valid_loader)
-        accuracy = brain.result["accuracy"]
-        if best is None or accuracy >= best[1]["accuracy"]:
-            best = count, brain.result, brain.scores
+        result = summarize_parts(brain.scores, brain.parts)
+        if best is None or result["accuracy"] >= best[1]["accuracy"]:
+            best = count, result, brain.scores
     brain.checkpointer.load_average(best[0], "accuracy", WEIGHTS)
     return best
 
@@ -193,7 +190,7 @@ def train(
     if brain.test_only:
         brain.checkpointer.recover_if_possible()  # its epochs and seconds
     averaged, result, validated = choose_weights(brain, valid)
-    brain.scores, brain.result = {}, summarize_parts({}, {})
+    brain.scores = {}
     if "test" in loaders:
         brain.evaluate(loaders["test"])
     if brain.debug:
@@ -201,7 +198,7 @@ def train(
         return None
     if if_main_process():
         results = by_part(result) | {
-            "test": brain.result,
+            "test": summarize(brain.scores),
             "system": Path(hparams_file).stem,
             "data_folder": str(corpus.folder),
             "split": hparams["split"],
@@ -214,9 +211,7 @@ def train(
             "seconds": round(brain.run_state.seconds, 1),
         }
         validated = validated, brain.parts
-        write_results(
-            output, corpus, hparams, results, validated, brain.scores
-        )
+        write_results(output, corpus, hparams, results, validated, brain.scores)
         print(f"{hparams['train_log']}: each epoch", flush=True)
     if hparams["final_fit"] and valid is not None:
         return final_fit(brain, loaders, output, averaged)

@@ -1,0 +1,58 @@
+"""From scores to figures, against scikit-learn."""
+
+import numpy as np
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss
+
+from spkid.scoring import Score, score_batch, summarize, summarize_parts
+
+
+def make_scores(count=60, classes=5, seed=0):
+    generator = np.random.default_rng(seed)
+    log_posteriors = torch.from_numpy(generator.normal(size=(count, classes)))
+    log_posteriors = log_posteriors.log_softmax(dim=1)
+    chances = np.arange(1, classes + 1) / np.arange(1, classes + 1).sum()
+    targets = torch.from_numpy(generator.choice(classes, count, p=chances))
+    ids = [str(i) for i in range(count)]
+    return score_batch(ids, log_posteriors, targets), log_posteriors, targets
+
+
+def test_accuracies_and_loss_are_scikit_learn_s():
+    scores, log_posteriors, targets = make_scores()
+    guesses = log_posteriors.argmax(dim=1)
+    plain, by_speaker = summarize(scores), summarize(scores, by_speaker=True)
+    assert plain["accuracy"] == accuracy_score(targets, guesses)
+    expected = balanced_accuracy_score(targets, guesses)
+    assert abs(by_speaker["accuracy"] - expected) < 1e-12
+    assert by_speaker["accuracy"] != plain["accuracy"]
+    loss = log_loss(targets, log_posteriors.exp())
+    assert abs(plain["loss"] - loss) < 1e-6
+    highest = log_posteriors.exp().max(dim=1).values
+    np.testing.assert_allclose(
+        [score.confidence for score in scores.values()], highest
+    )
+
+
+def test_the_gap_is_over_the_speakers_that_both_parts_have():
+    right, wrong = {1: Score(1, 1, 0.0)}, {1: Score(0, 1, 1.0)}
+    scores = {
+        "known 1": right[1],
+        "new 1": wrong[1],
+        "new 2": Score(2, 2, 0.0),  # no known utterance of this speaker
+    }
+    parts = {key: key.split()[0] for key in scores}
+    result = summarize_parts(scores, parts)
+    assert result["accuracy"] == 0.5
+    assert result["known_accuracy"] == 1.0
+    assert result["gap"] == 1.0
+    only = {key: s for key, s in scores.items() if key != "new 1"}
+    assert summarize_parts(only, parts)["gap"] is None
+
+
+def test_unknown_speakers_count_for_nothing():
+    scores, _, _ = make_scores()
+    more = {**scores, "x": Score(0, -1, 0.0)}
+    assert summarize(more) == summarize(scores)
+    nothing = {"accuracy": None, "loss": None}
+    assert summarize({"x": Score(0, -1, 0.0)}, True) == nothing
+    assert summarize_parts({}, {}) == nothing
