@@ -94,12 +94,12 @@ def make_brain(hparams, run_opts, corpus, pack, identity):
 
 def choose_weights(brain, valid_loader):
     """The averaged or the single best checkpoint: validation decides."""
-    count = brain.hparams.average_checkpoints
+    most = brain.hparams.average_checkpoints
     if valid_loader is None:  # the latest ones
-        brain.checkpointer.load_average(count, "epoch", WEIGHTS)
-        return count, summarize_parts({}, {}), {}
+        brain.checkpointer.load_average(most, "epoch", WEIGHTS)
+        return most, summarize_parts({}, {}), {}
     best = None
-    for count in sorted({1, count}):
+    for count in sorted({1, most}):
         brain.checkpointer.load_average(count, "accuracy", WEIGHTS)
         brain.evaluate(valid_loader)
         result = summarize_parts(brain.scores, brain.parts)
@@ -123,6 +123,26 @@ def final_fit(brain, loaders, output, averaged):
         "number_of_epochs": max(1, epochs),
         "average_checkpoints": averaged,
     }
+
+
+def open_output(hparams_file, overrides, hparams, identity, corpus):
+    """The output folder, which may hold an earlier part of this run alone."""
+    output = Path(hparams["output_folder"])
+    if (output / "run.json").exists():
+        # Before anything of the earlier run is overwritten.
+        begun = read_json(output / "run.json")
+        check_identity(output / "run.json", begun, identity)
+    sb.create_experiment_directory(
+        experiment_directory=str(output),
+        hyperparams_to_save=hparams_file,
+        overrides=overrides,
+    )
+    sys.excepthook = sys.__excepthook__
+    if if_main_process():
+        save_atomically(json.dumps(identity, indent=1), output / "run.json")
+        if corpus.skipped:
+            save_atomically(table(corpus.skipped, None), output / "skipped.txt")
+    return output
 
 
 def train(
@@ -151,22 +171,8 @@ def train(
     if if_main_process() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     hparams = load_hparams(hparams_file, overrides)
-    output = Path(hparams["output_folder"])
     identity = run_identity(hparams, corpus)
-    if (output / "run.json").exists():
-        # Before anything of the earlier run is overwritten.
-        begun = read_json(output / "run.json")
-        check_identity(output / "run.json", begun, identity)
-    sb.create_experiment_directory(
-        experiment_directory=str(output),
-        hyperparams_to_save=hparams_file,
-        overrides=overrides,
-    )
-    sys.excepthook = sys.__excepthook__
-    if if_main_process():
-        save_atomically(json.dumps(identity, indent=1), output / "run.json")
-        if corpus.skipped:
-            save_atomically(table(corpus.skipped, None), output / "skipped.txt")
+    output = open_output(hparams_file, overrides, hparams, identity, corpus)
     sb.utils.distributed.run_on_main(
         split.write_manifests,
         [corpus, pack, hparams["manifest_folder"], hparams],
