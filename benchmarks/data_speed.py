@@ -40,7 +40,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "ML2022hw4"))
 import prepare
-from validate import Corpus, manifest, read_corpus
 from spkid.conformer import ConformerEncoder
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.embedding import SpeakerEmbedding
@@ -48,6 +47,7 @@ from spkid.inference import UtteranceEmbedder
 from spkid.lengths import absolute_lengths
 from spkid.pooling import AttentiveStatisticsPooling
 from spkid.sessions import infer_sessions, pack_fingerprints
+from validate import Corpus, manifest, read_corpus
 
 Arguments = argparse.Namespace
 

@@ -5,9 +5,10 @@ import json
 import pytest
 from corpus import make_corpus
 
-import prepare
 from results import write_submission
+from spkid.errors import UserError
 from spkid.scoring import Score
+from validate import read_corpus
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def data(tmp_path):
 
 
 def test_classes_come_from_mapping_alone(data):
-    corpus = prepare.read_corpus(data)
+    corpus = read_corpus(data)
     mapping = json.loads((data / "mapping.json").read_text())
     assert corpus.speakers == list(mapping["speaker2id"])
     assert corpus.speakers != list(
@@ -28,19 +29,27 @@ def test_classes_come_from_mapping_alone(data):
 
 
 def test_a_test_without_labels_is_fine(tmp_path):
-    corpus = prepare.read_corpus(make_corpus(tmp_path / "d", labels=False))
+    corpus = read_corpus(make_corpus(tmp_path / "d", labels=False))
     assert [u.speaker for u in corpus.test] == [None] * 6
 
 
+def test_a_wrong_folder_is_told_what_is_needed(tmp_path):
+    words = r"must name the folder with mapping.json, metadata.json and test"
+    with pytest.raises(UserError, match=words):
+        read_corpus(tmp_path)
+    with pytest.raises(UserError, match=words):
+        read_corpus(tmp_path / "nowhere")
+
+
 def test_more_than_ten_classes_keep_their_order(tmp_path):
-    corpus = prepare.read_corpus(make_corpus(tmp_path / "d", n_speakers=12))
+    corpus = read_corpus(make_corpus(tmp_path / "d", n_speakers=12))
     mapping = json.loads((tmp_path / "d" / "mapping.json").read_text())
     indices = [mapping["speaker2id"][s] for s in corpus.speakers]
     assert indices == list(range(12))
 
 
 def test_the_submission_keeps_odd_names_whole(data, tmp_path):
-    corpus = prepare.read_corpus(data)
+    corpus = read_corpus(data)
     corpus.speakers[0] = 'a "comma", too'
     scores = {u.path: Score(0, -1, 0.0) for u in corpus.test}
     write_submission(corpus, scores, tmp_path / "s.csv")

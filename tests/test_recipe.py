@@ -104,6 +104,15 @@ def test_a_final_fit_trains_on_all_for_as_many_steps(data, tmp_path):
         assert (place / "report.html").exists()
 
 
+def test_a_choice_that_cannot_be_carried_out_is_not_the_run_s(data, tmp_path):
+    arguments = command(data, tmp_path / "out", "--debug", "--split=folds")
+    wrong = run([*arguments, "--fold=7"])
+    assert wrong.returncode == 1
+    assert "fold=7 isn't in 0 ... n_folds - 1 = 4" in wrong.stderr
+    right = run([*arguments, "--fold=1"])
+    assert right.returncode == 0, right.stderr
+
+
 def test_a_run_learns_and_says_where_its_results_are(data, finished):
     output, done = finished
     results = json.loads((output / "results.json").read_text())

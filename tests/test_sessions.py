@@ -133,6 +133,20 @@ def test_a_single_utterance_each_is_a_session_each():
     assert not hold_out(found, 0.5, seed=0).any()
 
 
+@pytest.mark.parametrize("sizes", [[2], [2, 1], [3], [1, 1], [2, 2], [3] * 3])
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_tiny_sets_are_no_error(sizes, noise):
+    for seed in range(5):
+        generator = np.random.default_rng(seed)
+        who = np.repeat(range(len(sizes)), sizes)
+        prints = noise * generator.normal(size=(len(who), 8)) + who[:, None]
+        found = infer_sessions(prints, who)
+        assert found.label.shape == who.shape
+        copies = np.repeat(prints, 2, axis=0)  # no residue at all
+        found = infer_sessions(copies, np.repeat(who, 2))
+        assert (found.label >= 0).all()
+
+
 def test_equal_fingerprints_are_no_error():
     found = infer_sessions(np.ones((20, 8)), list("ab") * 10)
     assert np.isfinite(found.label).all()
@@ -225,9 +239,18 @@ def test_fingerprints_are_kept_beside_the_pack(tmp_path, monkeypatch):
     frames = torch.load(tmp_path / "b.pt").numpy()
     expected = fingerprint(frames, frames.mean(axis=0), frames.std(axis=0))
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    cache = tmp_path / "pack" / "fingerprints.npy"
+    cache.write_bytes(cache.read_bytes()[:99])  # damaged: made again
+    pack_fingerprints(pack, ["a.pt"], progress=False)
     monkeypatch.setattr(module, "fingerprint", None)
     again = pack_fingerprints(pack, ["a.pt", "b.pt"], progress=False)
     np.testing.assert_array_equal(again[1:], found)
+
+
+def test_known_utterances_come_of_small_speakers_too():
+    found = known_sessions([0] * 80, np.repeat(range(10), 8))
+    known = hold_out_known(found, np.zeros(80, bool), 0.05, seed=0)
+    assert known.sum() == 4
 
 
 def test_written_sessions_are_numbered_within_speakers():

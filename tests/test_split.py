@@ -48,8 +48,8 @@ def test_whole_sessions_and_some_known_utterances_are_held_out(made):
     assert not new & sessions["train"]
     assert sessions["valid"] - new <= sessions["train"]
     assert len(paths(parts["valid"], "new")) == 8 == report["held_out"]
-    assert len(paths(parts["valid"], "known")) == 4 == report["known"]
-    assert len(parts["train"]) == 32 - 8 - 4
+    assert len(paths(parts["valid"], "known")) == 5 == report["known"]
+    assert len(parts["train"]) == 32 - 8 - 5
     assert report["sessions"] == "as the data folder says"
     assert all(s["sessions"] == 4 for s in report["speakers"].values())
     assert not report["warnings"]
@@ -125,6 +125,25 @@ def test_sessions_can_be_inferred_all_the_same(made):
 def test_impossible_choices_are_refused(made, change, words):
     with pytest.raises(UserError, match=words):
         divide(made, **change)
+
+
+def test_another_sessions_file_is_another_split(made, tmp_path):
+    corpus, _ = made
+    folder, path = tmp_path / "manifests", made[0].folder / "sessions.json"
+    split.write_manifests(*made, folder, CHOICES)
+    before = (folder / "valid.json").read_text()
+    names = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v[::-1] for k, v in names.items()}))
+    assert split.sessions_digest(corpus, {**CHOICES, "split": "random"}) is None
+    assert split.sessions_digest(corpus, CHOICES)
+    path.write_text(json.dumps({k: k[:8] + k[-4:] for k in names}))
+    split.write_manifests(*made, folder, CHOICES)
+    assert (folder / "valid.json").read_text() != before
+
+
+def test_a_fold_too_many_is_said(made):
+    with pytest.raises(UserError, match="fold=29 holds out nothing"):
+        divide(made, split="folds", n_folds=30, fold=29)
 
 
 def test_an_utterance_without_session_is_named(made):

@@ -25,6 +25,7 @@ weaker: it divides a speaker who has a single session, too.
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,8 +109,10 @@ def pack_fingerprints(
     """
     wanted = [pack.row[path] for path in paths]
     cache = pack.file and pack.file.with_name("fingerprints.npy")
-    if cache and cache.exists():
-        return np.load(cache)[wanted]
+    with contextlib.suppress(OSError, ValueError, EOFError, TypeError):
+        kept = np.load(cache)  # TypeError: there is no pack to keep it beside
+        if len(kept) == len(pack.lengths):
+            return kept[wanted]
     everything = np.stack(
         [
             fingerprint(pack.frames(row), *pack.statistics(row).numpy())
@@ -218,7 +221,7 @@ def infer_sessions(prints: np.ndarray, speakers: Sequence) -> Sessions:
     points = np.array(prints, dtype=np.float64)
     for rows in all_rows:
         points[rows] -= points[rows].mean(axis=0)
-    if not points.any():  # one utterance each
+    if len(points) < 3 or not points.any():  # nothing to compare
         return Sessions(label, speaker)
     components = min(COMPONENTS, *points.shape)
     points = make_pipeline(
@@ -234,7 +237,8 @@ def infer_sessions(prints: np.ndarray, speakers: Sequence) -> Sessions:
     between = points.T @ points / len(points) - within
     change = 0.2  # probability of a new session at an utterance
     for _ in range(ROUNDS):
-        within += 0.01 * np.trace(within) / components * np.eye(components)
+        ridge = max(0.01 * np.trace(within) / components, 1e-6)
+        within += ridge * np.eye(components)
         noise = _speaker_noise(near, owner, within, all_rows)
         # Both covariances become diagonal, that of the residue the identity.
         spread, axes = eigh(between, within)
@@ -302,7 +306,7 @@ def _speaker_noise(near, owner, within, all_rows):
     speaker has few utterances.
     """
     size = np.einsum("ij,ij->i", near, np.linalg.solve(within, near.T).T)
-    common = np.median(size)
+    common = max(np.median(size), 1e-12)
     noise = np.ones(len(all_rows))
     for index in np.unique(owner):
         count = len(all_rows[index])
@@ -503,7 +507,7 @@ def hold_out_known(
     held : np.ndarray [utterances]
         True for those held out already.
     share : float
-        Of a speaker's utterances, in [0, 1).
+        Of the utterances, in [0, 1), spread evenly over the speakers.
     seed : int
         Of the draw.
 
@@ -521,12 +525,13 @@ def hold_out_known(
     """
     known = np.zeros(len(held), dtype=bool)
     generator = np.random.default_rng(seed)
+    wanted = 0.5  # what a speaker cannot give is left to the next
     for rows in sessions.rows():
         left = rows[~held[rows]]
-        wanted = round(share * len(rows))
+        wanted = min(wanted, 1.0) + share * len(rows)
         remaining = np.bincount(sessions.label[left])
         for row in generator.permutation(left):
-            if wanted and remaining[sessions.label[row]] > 1:
+            if wanted >= 1 and remaining[sessions.label[row]] > 1:
                 known[row] = True
                 remaining[sessions.label[row]] -= 1
                 wanted -= 1

@@ -7,6 +7,7 @@ accuracy on the first predicts that on new recordings; the second flatters.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from spkid.sessions import (
 )
 from validate import Corpus, manifest, read_json
 
-SPLITS = ("session", "folds", "random", "none")
+BY_SESSION = ("session", "folds")
+SPLITS = (*BY_SESSION, "random", "none")
 # The keys of the YAML file that decide a split.
 KEYS = (
     "split",
@@ -72,6 +74,28 @@ def written_sessions(corpus: Corpus) -> list[str] | None:
     if all(len(parent.parts) > 1 for parent in parents):
         return [str(parent) for parent in parents]
     return None
+
+
+def sessions_digest(corpus: Corpus, choices: dict) -> str | None:
+    """What sessions.json holds, if the split is made of it.
+
+    Arguments
+    ---------
+    corpus : Corpus
+        The data.
+    choices : dict
+        The values of ``KEYS``.
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits; None if it isn't there or doesn't matter.
+    """
+    path = corpus.folder / "sessions.json"
+    used = choices["split"] in BY_SESSION and choices["sessions"] == "auto"
+    if not (used and path.exists()):
+        return None
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def find_sessions(
@@ -152,7 +176,7 @@ def divide(
     speaker = np.unique(names, return_inverse=True)[1]
     known = np.zeros(len(names), dtype=bool)
     sessions, source = None, "not looked for"
-    if split in ("session", "folds"):
+    if split in BY_SESSION:
         sessions, source = find_sessions(corpus, pack, choices["sessions"])
         if split == "folds":
             held = fold_numbers(sessions, choices["n_folds"], seed)
@@ -164,6 +188,11 @@ def divide(
         held = _hold_out_random(speaker, choices["valid_fraction"], seed)
     else:
         held = known.copy()
+    if split == "folds" and not held.any() and (sessions.label > 0).any():
+        raise UserError(
+            f"fold={choices['fold']} holds out nothing: no speaker has so many "
+            f"sessions; give a smaller --n_folds than {choices['n_folds']}."
+        )
     if split != "none" and not held.any():
         raise UserError(
             f"{corpus.folder / 'metadata.json'}: no speaker has two "
@@ -226,6 +255,11 @@ def _report(names, sessions, source, held, known, split):
             f"most for want of a second {why}: {some}; the validation says "
             "nothing about them."
         )
+    if held.any() and split in BY_SESSION and not known.any():
+        warnings.append(
+            "nothing is held out of known sessions, so there is no gap to "
+            "see; a larger --known_fraction would do it."
+        )
     if "clustered" in source:
         warnings.append(
             "the order of the lists says nothing about sessions, so utterances "
@@ -268,7 +302,11 @@ def write_manifests(
     """
     folder = Path(folder)
     choices = {key: choices[key] for key in KEYS}
-    made_of = {"data": corpus.digest(), **choices}
+    made_of = {
+        "data": corpus.digest(),
+        "written_sessions": sessions_digest(corpus, choices),
+        **choices,
+    }
     done = folder / "split.json"
     if done.exists() and read_json(done) == made_of:
         return
@@ -278,7 +316,7 @@ def write_manifests(
         save_atomically(json.dumps(part, indent=1), folder / f"{name}.json")
     save_atomically(json.dumps(report, indent=1), folder / "split_report.json")
     save_atomically(json.dumps(made_of, indent=1), done)
-    if choices["split"] in ("session", "folds"):
+    if choices["split"] in BY_SESSION:
         print(f"Sessions are {report['sessions']}.")
     for warning in report["warnings"]:
         print(f"Note: {warning}", flush=True)

@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import prepare
 from predict import load_run
+from spkid.batching import LengthBatches
 from spkid.checkpoints import save_atomically
 from spkid.errors import UserError, run_command
 from spkid.lengths import relative_lengths
@@ -90,19 +91,20 @@ def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
             for name, changes in variants.items():
                 for seed in range(1, args.seeds + 1):
                     key = (data.name, name, split, seed)
-                    place = "-".join(map(str, (data.name, split, seed)))
-                    place = args.folder / "runs" / _slug(changes) / place
+                    place = args.folder / "runs" / _slug(changes, args.epochs)
+                    place /= "-".join(map(str, (data.name, split, seed)))
                     runs[key] = place
-                    if not (runs[key] / "evaluation.npz").exists():
+                    if not (place / "results.json").exists():
                         jobs.append((data, changes, split, seed, runs[key]))
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
     with (
         tqdm(total=len(jobs), desc="Training", unit="run") as bar,
         ThreadPoolExecutor(args.jobs) as pool,
     ):
-        for job in jobs:
-            done = pool.submit(_train, args, threads, *job)
-            done.add_done_callback(lambda _: bar.update())
+        futures = [pool.submit(_train, args, threads, *job) for job in jobs]
+        for done in as_completed(futures):
+            done.result()
+            bar.update()
     broken = [
         run for run in runs.values() if not (run / "results.json").exists()
     ]
@@ -114,12 +116,13 @@ def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
     return runs
 
 
-def _slug(changes):
+def _slug(changes, epochs):
     """A folder's name that is the same for the same system."""
+    changes = {"number_of_epochs": epochs, **changes}
     own = {k: v for k, v in changes.items() if SMALL.get(k) != v}
     words = [*own.pop("text", {}).values()]
     words += [f"{key}={value}" for key, value in own.items()]
-    return re.sub(r"[^\w=.]+", "-", "-".join(words)).strip("-") or "small"
+    return re.sub(r"[^\w=.]+", "-", "-".join(words)).strip("-")
 
 
 def _train(args, threads, data, changes, split, seed, output):
@@ -158,13 +161,13 @@ def _train(args, threads, data, changes, split, seed, output):
 def accuracies(run: Path) -> dict[str, float]:
     """Accuracy on each part of a run, over the speakers that the held-out
     utterances and the test both cover; of what is validated on, the mean over
-    speakers, as in training. "test, all" is over all."""
+    speakers, as in training."""
     with np.load(run / "evaluation.npz") as evaluation:
         part, target, guess = (
             evaluation[key] for key in ("part", "target", "guess")
         )
     right, test = target == guess, part == "test"
-    result = {"test, all": float(right[test].mean())}
+    result = {}
     held_out = np.isin(part, ("new", "random"))
     both = np.intersect1d(target[test], target[held_out])
     covered = np.isin(target, both)
@@ -221,7 +224,9 @@ def validation_table(args) -> None:
     """Does a validation predict the test, in value and in rank?"""
     chosen = args.variants or list(VARIANTS)
     if wrong := set(chosen) - set(VARIANTS):
-        raise UserError(f"--variants {wrong.pop()!r} is none of {VARIANTS}.")
+        raise UserError(
+            f"--variants {min(wrong)!r} is none of {', '.join(VARIANTS)}."
+        )
     variants = {name: VARIANTS[name] for name in chosen}
     table = by_variant(train_runs(args, variants))
     rows, summary = [], []
@@ -261,10 +266,14 @@ class Run:
         self.hparams = load_run(folder)
         for module in self.hparams["modules"].values():
             module.eval()
-        corpus = read_corpus(self.hparams["data_folder"])
+        keys = ("data_folder", "on_bad_file", "max_bad_share")
+        corpus = read_corpus(*(self.hparams[key] for key in keys))
         self.speakers = corpus.speakers
         place = pack_folder or self.hparams["pack_folder"]
-        self.pack = prepare.pack_corpus(corpus, place)
+        keys = ("pack", "pack_dtype")
+        self.pack = prepare.pack_corpus(
+            corpus, place, *(self.hparams[key] for key in keys)
+        )
         manifests = Path(self.hparams["manifest_folder"])
         self.parts = {}
         for name in ("train", "valid", "test"):
@@ -285,16 +294,13 @@ class Run:
         self, pieces: list[torch.Tensor], rows: list[int]
     ) -> torch.Tensor:
         """Embeddings of unit length [pieces, size] of parts of utterances."""
-        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
-        found, batch = [None] * len(pieces), []
-        for i in order:
-            batch.append(i)
-            longest = len(pieces[i])
-            full = len(batch) * longest >= self.hparams["max_frames_per_batch"]
-            if not full and i != order[-1]:
-                continue
+        found = [None] * len(pieces)
+        for batch in LengthBatches(
+            [len(piece) for piece in pieces],
+            self.hparams["max_frames_per_batch"],
+            self.hparams["equal_length_batches"],
+        ).batches:
             self._embed_batch(batch, pieces, rows, found)
-            batch = []
         return torch.stack(found)
 
     def _embed_batch(self, batch, pieces, rows, found):

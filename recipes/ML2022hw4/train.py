@@ -43,6 +43,7 @@ def run_identity(hparams, corpus):
     keys += ("sampler", "bucket_batches")
     return {
         "data": corpus.digest(),
+        "written_sessions": split.sessions_digest(corpus, hparams),
         "processes": 1 if alone else torch.distributed.get_world_size(),
         "parameters": sum(
             parameter.numel()
@@ -125,8 +126,9 @@ def final_fit(brain, loaders, output, averaged):
     }
 
 
-def open_output(hparams_file, overrides, hparams, identity, corpus):
-    """The output folder, which may hold an earlier part of this run alone."""
+def open_output(hparams_file, overrides, hparams, identity, corpus, pack):
+    """The output folder with the manifests; it may hold an earlier part of
+    this run alone."""
     output = Path(hparams["output_folder"])
     if (output / "run.json").exists():
         # Before anything of the earlier run is overwritten.
@@ -138,6 +140,11 @@ def open_output(hparams_file, overrides, hparams, identity, corpus):
         overrides=overrides,
     )
     sys.excepthook = sys.__excepthook__
+    sb.utils.distributed.run_on_main(
+        split.write_manifests,
+        [corpus, pack, hparams["manifest_folder"], hparams],
+    )
+    # Only now, lest a choice that can't be carried out be the run's for good.
     if if_main_process():
         save_atomically(json.dumps(identity, indent=1), output / "run.json")
         if corpus.skipped:
@@ -172,10 +179,8 @@ def train(
         torch.distributed.barrier()
     hparams = load_hparams(hparams_file, overrides)
     identity = run_identity(hparams, corpus)
-    output = open_output(hparams_file, overrides, hparams, identity, corpus)
-    sb.utils.distributed.run_on_main(
-        split.write_manifests,
-        [corpus, pack, hparams["manifest_folder"], hparams],
+    output = open_output(
+        hparams_file, overrides, hparams, identity, corpus, pack
     )
     brain, loaders = make_brain(hparams, run_opts, corpus, pack, identity)
     if if_main_process():
@@ -236,6 +241,8 @@ def main(arguments: list[str]) -> None:
     if again:
         print("Once more, on all utterances:", flush=True)
         given = plain_values(hparams_file, overrides, only_given=True)
+        for key in ("save_folder", "manifest_folder", "train_log"):
+            given.pop(key, None)  # those of the first run
         train(hparams_file, run_opts, yaml.safe_dump(given | again))
 
 

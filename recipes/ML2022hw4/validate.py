@@ -201,9 +201,7 @@ class _Reader:
             text = (self.folder / file).read_text(encoding="utf-8")
             content = json.loads(text, object_pairs_hook=unique)
         except FileNotFoundError:
-            cure = (
-                f"--data_folder must name the folder with {', '.join(NEEDED)}"
-            )
+            cure = f"--data_folder must name {NEEDED}"
             self.wrong(file, "", "the file is missing", cure)
             return None
         except (OSError, ValueError, RecursionError) as error:
