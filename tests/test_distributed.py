@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -42,9 +41,8 @@ def two(data, tmp_path_factory):
 
 
 def losses(output):
-    text = (output / "train_log.txt").read_text()
-    found = re.findall(r"(?:train|valid) loss: (\S+)", text)
-    return [float(loss) for loss in found]
+    rows = json.loads((output / "history.json").read_text())
+    return [row[f"{part} loss"] for row in rows for part in ("train", "valid")]
 
 
 def test_two_processes_learn_what_one_learns(data, two, tmp_path):
