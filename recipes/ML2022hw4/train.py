@@ -244,6 +244,11 @@ def main(arguments: list[str]) -> None:
         for key in ("save_folder", "manifest_folder", "train_log"):
             given.pop(key, None)  # those of the first run
         train(hparams_file, run_opts, yaml.safe_dump(given | again))
+    if torch.distributed.is_initialized():
+        # Else a process that ends first may abort, which ends the one that
+        # is still writing the results.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
