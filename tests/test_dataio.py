@@ -1,6 +1,8 @@
 """Datasets and loaders: the same items whoever reads them."""
 
+import multiprocessing
 import pickle
+import sys
 from itertools import chain
 
 import numpy as np
@@ -212,6 +214,25 @@ def test_a_bad_file_read_in_training_costs_one_sentence(made, workers):
     said = str(ended.value.code)
     assert said.startswith(f"Error: {path}: not a readable feature file (")
     assert "\n" not in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forking is for Linux")
+def test_a_process_ends_though_its_workers_wait_for_work(made):
+    *_, hparams, datasets = made
+    left = []
+
+    def main():
+        batches = iter(
+            make_loaders({**hparams, "num_workers": 2}, datasets)["train"]
+        )
+        left.append((batches, next(batches)))  # an error's traceback does so
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    process.join(60)
+    code = process.exitcode
+    process.kill()
+    assert code == 0
 
 
 def test_only_a_pack_can_lie_on_a_device(made):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -184,12 +186,21 @@ def make_datasets(
     }
 
 
-def _ignore_signals(_worker):
+def _start_worker(_worker):
     """Signals to the whole process group are for the main process, which
-    saves a checkpoint first; workers end with it."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    saves a checkpoint first; SIGTERM from that process ends a worker."""
+    for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which tells who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_at_parents_word, daemon=True).start()
+
+
+def _end_at_parents_word():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _as_it_is(batch):
@@ -264,7 +275,7 @@ def make_loaders(
             num_workers=(
                 0 if hparams["pack_on_device"] else hparams["num_workers"]
             ),
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_start_worker,
             # Else starting an epoch would draw from the dropout's generator.
             generator=torch.Generator(),
         )
