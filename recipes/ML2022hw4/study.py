@@ -50,7 +50,7 @@ PARTS = {
 
 # What all the trained runs share: a small, quick Conformer.
 SMALL = {"d_model": 64, "d_ff": 256, "n_layers": 2, "segment_frames": 128}
-WIDTHS = {str(d): {"d_model": d, "d_ff": 4 * d} for d in (32, 64, 128, 256)}
+WIDTHS = {str(d): {"d_model": d, "d_ff": 4 * d} for d in (80, 128, 256, 512)}
 SEGMENTS = {str(n): {"segment_frames": n} for n in (32, 64, 128, 256)}
 # Changes of the YAML file's text: what stands there, and what shall.
 AUGMENT = {
@@ -63,7 +63,7 @@ MEAN_POOLING = {
 VARIANTS = {
     "default size": {"d_model": 144, "d_ff": 576, "n_layers": 4},
     "small": {},
-    "narrow": WIDTHS["32"],
+    "narrow": {"d_model": 32, "d_ff": 128},
     "shallow": {"n_layers": 1},
     "not normalised": {"normalization": "none"},
     "augmented": {"text": AUGMENT},
@@ -91,7 +91,7 @@ def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
             for name, changes in variants.items():
                 for seed in range(1, args.seeds + 1):
                     key = (data.name, name, split, seed)
-                    place = args.folder / "runs" / _slug(changes, args.epochs)
+                    place = args.folder / "runs" / _slug(args, changes)
                     place /= "-".join(map(str, (data.name, split, seed)))
                     runs[key] = place
                     if not (place / "results.json").exists():
@@ -116,9 +116,11 @@ def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
     return runs
 
 
-def _slug(changes, epochs):
+def _slug(args, changes):
     """A folder's name that is the same for the same system."""
-    changes = {"number_of_epochs": epochs, **changes}
+    changes = {"number_of_epochs": args.epochs, **changes}
+    if args.precision != "fp32":
+        changes["precision"] = args.precision
     own = {k: v for k, v in changes.items() if SMALL.get(k) != v}
     words = [*own.pop("text", {}).values()]
     words += [f"{key}={value}" for key, value in own.items()]
@@ -143,6 +145,7 @@ def _train(args, threads, data, changes, split, seed, output):
         "pack_folder": args.pack_folder,
         "split": split,
         "seed": seed,
+        "precision": args.precision,
         **changes,
     }
     for key, value in options.items():
@@ -508,6 +511,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--variants", nargs="+")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--utterances", type=int, default=1000)
     args = parser.parse_args(arguments)
