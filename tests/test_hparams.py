@@ -6,7 +6,12 @@ import pytest
 
 import prepare
 from spkid.errors import UserError
-from spkid.hparams import check_values, load_hparams, plain_values
+from spkid.hparams import (
+    check_values,
+    load_hparams,
+    parse_arguments,
+    plain_values,
+)
 from validate import LIMITS
 
 HPARAMS = Path(__file__).resolve().parents[1] / "hparams"
@@ -117,3 +122,12 @@ def test_values_are_checked_before_the_data_are_read():
 @pytest.mark.parametrize("path", sorted(HPARAMS.glob("*.yaml")))
 def test_the_systems_own_values_pass(path):
     check_values(path, plain_values(path), LIMITS)
+
+
+@pytest.mark.parametrize("joint", ["=", " "])
+def test_a_value_may_hold_an_equals_sign(joint):
+    arguments = f"e=1.yaml --output_folder{joint}lr=0.1/a --device{joint}cpu"
+    path, options, overrides = parse_arguments(arguments.split())
+    assert path == options.param_file == "e=1.yaml"
+    assert options.device == "cpu"
+    assert overrides == "output_folder: lr=0.1/a"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import speechbrain as sb
 import yaml
 from hyperpyyaml import load_hyperpyyaml, resolve_references
+from speechbrain.core import RunOptions
 
 from spkid.errors import UserError
 
@@ -26,6 +29,39 @@ _PlainLoader.add_implicit_resolver(
 KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
 
 
+EQUALS = "\ue000"  # no character of any script
+
+
+def parse_arguments(arguments: list[str]) -> tuple[str, RunOptions, str]:
+    """``sb.parse_arguments``, where a value may hold a "=": by itself it
+    makes a space of it, so that results went to another folder.
+
+    Arguments
+    ---------
+    arguments : list
+        The command line without the script's name.
+
+    Returns
+    -------
+    tuple
+        The YAML file, SpeechBrain's options, and the overrides as YAML text.
+
+    Example
+    -------
+    >>> parse_arguments(["a.yaml", "--output_folder", "runs/lr=0.1"])[2]
+    'output_folder: runs/lr=0.1'
+    """
+    safe = []
+    for argument in arguments:
+        key, equals, value = "", "", argument
+        if argument.startswith("--"):
+            key, equals, value = argument.partition("=")
+        safe.append(key + equals + value.replace("=", EQUALS))
+    path, options, overrides = sb.parse_arguments(safe)
+    path, overrides = (x.replace(EQUALS, "=") for x in (path, overrides))
+    return path, replace(options, param_file=path), overrides
+
+
 def plain_values(
     path: str | Path, overrides: str = "", only_given: bool = False
 ) -> dict:
@@ -36,7 +72,7 @@ def plain_values(
     path : str or pathlib.Path
         The file.
     overrides : str
-        YAML text of top-level keys to replace, as ``sb.parse_arguments``
+        YAML text of top-level keys to replace, as :func:`parse_arguments`
         makes it from the command line.
     only_given : bool
         Only the overrides themselves.

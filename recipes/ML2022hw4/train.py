@@ -28,7 +28,7 @@ from speaker_brain import SpeakerBrain
 from spkid.checkpoints import RunState, check_identity, save_atomically
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import run_command, table
-from spkid.hparams import load_hparams, plain_values
+from spkid.hparams import load_hparams, parse_arguments, plain_values
 from spkid.scoring import (
     summarize,
     summarize_parts,
@@ -231,7 +231,7 @@ def train(
 
 def main(arguments: list[str]) -> None:
     """Trains, and where it is wanted once more on all utterances."""
-    hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
+    hparams_file, run_opts, overrides = parse_arguments(arguments)
     if "distributed_backend" not in run_opts.overridden_args and (
         not torch.cuda.is_available()
     ):
