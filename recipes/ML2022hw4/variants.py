@@ -1,0 +1,162 @@
+"""Small systems that differ in one thing each, trained for the studies."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from spkid.checkpoints import save_atomically
+from spkid.errors import UserError
+
+HERE = Path(__file__).resolve().parent
+SYSTEM = HERE / "hparams" / "conformer.yaml"
+PARTS = {
+    "known": "known sessions",
+    "new": "new sessions",
+    "random": "random utterances",
+    "test": "test",
+}
+# What all the trained runs share: a small, quick Conformer.
+SMALL = {"d_model": 64, "d_ff": 256, "n_layers": 2, "segment_frames": 128}
+WIDTHS = {str(d): {"d_model": d, "d_ff": 4 * d} for d in (80, 128, 256, 512)}
+SEGMENTS = {str(n): {"segment_frames": n} for n in (32, 64, 128, 256)}
+# Changes of the YAML file's text: what stands there, and what shall.
+AUGMENT = {
+    "    # channel:": "    channel:",
+    "    # masking:": "    masking:",
+}
+MEAN_POOLING = {
+    "pooling.AttentiveStatisticsPooling": "pooling.MeanPooling",
+}
+VARIANTS = {
+    "default size": {"d_model": 144, "d_ff": 576, "n_layers": 4},
+    "small": {},
+    "narrow": {"d_model": 32, "d_ff": 128},
+    "shallow": {"n_layers": 1},
+    "not normalised": {"normalization": "none"},
+    "augmented": {"text": AUGMENT},
+    "mean pooling": {"text": MEAN_POOLING},
+    "short crops": {"segment_frames": 32},
+    "long crops": {"segment_frames": 256},
+    "few epochs": {"number_of_epochs": 3},
+}
+
+
+def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
+    """Trains each variant on each data folder with each seed.
+
+    Returns
+    -------
+    dict
+        (data folder's name, variant, split, seed) to the output folder.
+    """
+    runs, jobs = {}, []
+    for data in args.data_folder:
+        for split in args.split:
+            for name, changes in variants.items():
+                for seed in range(1, args.seeds + 1):
+                    key = (data.name, name, split, seed)
+                    place = args.folder / "runs" / _slug(args, changes)
+                    place /= "-".join(map(str, (data.name, split, seed)))
+                    runs[key] = place
+                    if not (place / "results.json").exists():
+                        jobs.append((data, changes, split, seed, runs[key]))
+    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    with (
+        tqdm(total=len(jobs), desc="Training", unit="run") as bar,
+        ThreadPoolExecutor(args.jobs) as pool,
+    ):
+        futures = [pool.submit(_train, args, threads, *job) for job in jobs]
+        for done in as_completed(futures):
+            done.result()
+            bar.update()
+    broken = [
+        run for run in runs.values() if not (run / "results.json").exists()
+    ]
+    if broken:
+        raise UserError(
+            f"{broken[0]}: the run failed; its last words are in "
+            f"{broken[0].with_suffix('.log')}."
+        )
+    return runs
+
+
+def _slug(args, changes):
+    """A folder's name that is the same for the same system."""
+    changes = {"number_of_epochs": args.epochs, **changes}
+    if args.precision != "fp32":
+        changes["precision"] = args.precision
+    own = {k: v for k, v in changes.items() if SMALL.get(k) != v}
+    words = [*own.pop("text", {}).values()]
+    words += [f"{key}={value}" for key, value in own.items()]
+    return re.sub(r"[^\w=.]+", "-", "-".join(words)).strip("-")
+
+
+def _train(args, threads, data, changes, split, seed, output):
+    """One run, in a process of its own."""
+    text = SYSTEM.read_text(encoding="utf-8")
+    changes = {"number_of_epochs": args.epochs, **SMALL, **changes}
+    for old, new in changes.pop("text", {}).items():
+        if old not in text:
+            raise UserError(f"{SYSTEM}: {old!r} doesn't stand there.")
+        text = text.replace(old, new)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    system = output.with_suffix(".yaml")
+    save_atomically(text, system)
+    command = [sys.executable, str(HERE / "train.py"), str(system)]
+    options = {
+        "data_folder": data,
+        "output_folder": output,
+        "pack_folder": args.pack_folder,
+        "split": split,
+        "seed": seed,
+        "precision": args.precision,
+        **changes,
+    }
+    for key, value in options.items():
+        if value is not None:
+            command += [f"--{key}", str(value)]
+    with open(output.with_suffix(".log"), "w", encoding="utf-8") as log:
+        subprocess.run(
+            command,
+            stdout=log,
+            stderr=log,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+        )
+
+
+def accuracies(run: Path) -> dict[str, float]:
+    """Accuracy on each part of a run, over the speakers that the held-out
+    utterances and the test both cover; of what is validated on, the mean over
+    speakers, as in training."""
+    with np.load(run / "evaluation.npz") as evaluation:
+        part, target, guess = (
+            evaluation[key] for key in ("part", "target", "guess")
+        )
+    right, test = target == guess, part == "test"
+    result = {}
+    held_out = np.isin(part, ("new", "random"))
+    both = np.intersect1d(target[test], target[held_out])
+    covered = np.isin(target, both)
+    for name in PARTS:
+        chosen = covered & (part == name)
+        if name == "test":
+            result[name] = float(right[chosen].mean())
+        elif chosen.any():
+            result[name] = float(
+                np.mean(
+                    [
+                        right[chosen & (target == s)].mean()
+                        for s in np.unique(target[chosen])
+                    ]
+                )
+            )
+    return result

@@ -1,0 +1,126 @@
+"""The studies' tables hold what the runs hold."""
+
+import json
+
+import numpy as np
+import pytest
+from corpus import make_corpus
+from hypothesis import given
+from hypothesis import strategies as st
+
+import study
+from spkid.errors import UserError
+from trained_run import Run, crop_kinds
+from variants import accuracies
+
+CHOSEN = ["small", "narrow", "mean pooling"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A validation study of three variants, one seed and epoch of each."""
+    folder = tmp_path_factory.mktemp("study")
+    data = make_corpus(folder / "data", n_utterances=10, n_test=20)
+    validation(folder, data)
+    return folder
+
+
+def validation(folder, data, *more):
+    study.main(
+        [
+            *("validation", "--data_folder", str(data), "--variants", *CHOSEN),
+            *("--folder", str(folder / "out=1"), "--seeds", "1"),
+            *("--pack_folder", str(folder / "packs"), "--epochs", "1", *more),
+        ]
+    )
+
+
+def runs(place):
+    found = (place / "out=1" / "runs").glob("*/*/results.json")
+    return sorted(path.parent for path in found)
+
+
+def table(path):
+    rows = [line.strip("| ") for line in path.read_text().splitlines()]
+    return [[cell.strip() for cell in row.split("|")] for row in rows]
+
+
+def test_a_validation_is_told_as_the_runs_told_it(place):
+    header, _, *rows = table(place / "out=1" / "validation.md")
+    assert [row[1] for row in rows] == CHOSEN
+    assert len(runs(place)) == 3
+    kept = [accuracies(run) for run in runs(place)]
+    assert {row[-1] for row in rows} == {f"{a['test']:.3f}" for a in kept}
+    results = json.loads((runs(place)[0] / "results.json").read_text())
+    assert kept[0]["new"] == pytest.approx(results["valid"]["accuracy"])
+    column = header.index("new sessions")
+    values, tests = np.array([[r[column], r[-1]] for r in rows], float).T
+    _, _, *summary = table(place / "out=1" / "validation_summary.md")
+    distance = {row[1]: float(row[3]) for row in summary}["new sessions"]
+    assert distance == pytest.approx(np.abs(values - tests).mean(), abs=2e-3)
+    assert (place / "out=1" / "validation.png").stat().st_size > 5000
+
+
+def test_finished_runs_are_not_repeated(place):
+    before = [(run / "results.json").stat().st_mtime_ns for run in runs(place)]
+    validation(place, place / "data")
+    after = [(run / "results.json").stat().st_mtime_ns for run in runs(place)]
+    assert before == after
+
+
+def test_whole_and_masked_are_what_the_run_was_told(place):
+    """The way of the studies and the way of train.py: the same numbers."""
+    run = runs(place)[0]
+    for name in ("crops", "padding"):
+        study.main([name, str(run), "--folder", str(place / name)])
+        assert (place / name / f"{name}.png").stat().st_size > 5000
+    with np.load(run / "evaluation.npz") as told:
+        part, right = told["part"], told["target"] == told["guess"]
+        expected = {
+            study.PARTS[name]: f"{right[part == name].mean():.3f}"
+            for name in np.unique(part)
+        }
+    _, _, *rows = table(place / "crops" / "crops.md")
+    assert {row[0] for row in rows} == set(expected)
+    assert all(row[2] == expected[row[0]] for row in rows)
+    header, _, *rows = table(place / "padding" / "padding.md")
+    assert dict(zip(header[1:], rows[0][1:], strict=True)) == expected
+
+
+def test_widths_say_how_well_the_training_is_learned(place, monkeypatch):
+    widths = {"32": {"d_model": 32, "d_ff": 128}}  # is there: "narrow"
+    monkeypatch.setattr(study, "WIDTHS", widths)
+    study.main(
+        [
+            *("widths", "--data_folder", str(place / "data"), "--seeds", "1"),
+            *("--folder", str(place / "out=1"), "--epochs", "1"),
+        ]
+    )
+    header, _, row = table(place / "out=1" / "widths.md")
+    assert row[:3] == ["data", "32", "session"]
+    run = Run(next(run for run in runs(place) if "32" in run.parent.name))
+    keys = run.sample("train", 1000)
+    assert len(keys) == len(run.parts["train"])
+    assert 0 <= float(row[header.index("training")]) <= 1
+
+
+@given(st.integers(1, 500), st.integers(1, 200))
+def test_crops_lie_in_the_utterance(length, size):
+    for kind, cut in crop_kinds(size).items():
+        pieces = cut(length)
+        for start, count in pieces:
+            assert count == min(size, length)
+            assert 0 <= start <= length - count
+        covered = {
+            t for start, count in pieces for t in range(start, start + count)
+        }
+        assert len(covered) == (length if kind == "windows" else count)
+
+
+def test_mistakes_cost_one_sentence(place, tmp_path):
+    with pytest.raises(UserError, match="--variants 'wide' is none of"):
+        validation(place, place / "data", "--variants", "wide")
+    with pytest.raises(UserError, match="name the output folder of a run"):
+        study.main(["crops"])
+    with pytest.raises(UserError, match=r"its last words are in .*\.log"):
+        validation(tmp_path, tmp_path / "nothing")
