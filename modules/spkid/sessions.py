@@ -49,6 +49,9 @@ ROUNDS = 6  # between labels and covariances; they settle after three or four
 # claims; by how much was chosen on three corpora with known sessions.
 TEMPER_ORDERED = 3.5
 TEMPER_UNORDERED = 2.0
+# Neighbours' distance by that of random pairs: 0.33 to 0.85 in three corpora
+# that are in order, 1.00 in the same shuffled.
+MOST_ORDER = 0.9
 PRIOR_UTTERANCES = 20  # weight of all speakers' residue against one's own
 
 
@@ -142,9 +145,9 @@ class Sessions:
         Session of each utterance, numbered from 0 within its speaker.
     speaker : np.ndarray [utterances]
         Index of each utterance's speaker, from 0.
-    strength : np.ndarray [utterances], optional
-        Where the list is in the order of recording: the evidence, in nats,
-        that a session begins with this utterance; 0 where none does.
+    ordered : bool
+        Whether each speaker's list is in the order of recording, so that
+        sessions are runs of it.
     order : float
         Distance of neighbours in the lists, by that of a speaker's utterances
         drawn at random; 1 where the order says nothing. NaN: not measured.
@@ -152,7 +155,7 @@ class Sessions:
 
     label: np.ndarray
     speaker: np.ndarray
-    strength: np.ndarray | None = None
+    ordered: bool = False
     order: float = float("nan")
 
     def rows(self) -> list[np.ndarray]:
@@ -245,13 +248,10 @@ def infer_sessions(prints: np.ndarray, speakers: Sequence) -> Sessions:
         spread = np.maximum(spread, 1e-3)
         scale = np.sqrt(temper * noise)[speaker, None]
         projected = points @ axes / scale
-        strength = np.zeros(len(points)) if ordered else None
         for index, rows in enumerate(all_rows):
             own = spread / (temper * noise[index])
             if ordered:
-                label[rows], strength[rows] = _segment(
-                    projected[rows], own, change
-                )
+                label[rows] = _segment(projected[rows], own, change)
             else:
                 label[rows] = _cluster(projected[rows], own)
         within, between, count = _covariances(
@@ -259,11 +259,12 @@ def infer_sessions(prints: np.ndarray, speakers: Sequence) -> Sessions:
         )
         more = len(points) - len(all_rows)
         change = np.clip((count - len(all_rows)) / more, 0.01, 0.9)
-    return Sessions(label, speaker, strength, order)
+    return Sessions(label, speaker, ordered, order)
 
 
 def _order(points, all_rows):
-    """Neighbours' distance by that of random pairs; whether that is chance."""
+    """Neighbours' distance by that of random pairs; whether that is the order
+    of recording: no chance, and no weak sorting by something else."""
     generator = np.random.default_rng(0)
 
     def neighbours(shuffle):
@@ -272,12 +273,13 @@ def _order(points, all_rows):
             own = generator.permutation(rows) if shuffle else rows
             steps = np.diff(points[own], axis=0)
             total.append(np.log((steps**2).sum(axis=1) + 1e-12))
-        return np.concatenate(total).mean()
+        return np.median(np.concatenate(total))  # copies don't move it
 
     observed = neighbours(False)
     chance = np.array([neighbours(True) for _ in range(20)])
     far = (chance.mean() - observed) / (chance.std() + 1e-12)
-    return float(np.exp(observed - chance.mean())), far > 5
+    order = float(np.exp(observed - chance.mean()))
+    return order, bool(far > 5 and order < MOST_ORDER)
 
 
 def _near_pairs(points, all_rows, ordered):
@@ -329,11 +331,8 @@ def _evidence(count, total, spread):
 
 
 def _segment(points, spread, change):
-    """The likeliest division of a list into sessions, by dynamic programming.
-
-    Returns the label of each utterance, and the strength of each beginning:
-    the evidence lost if that session and the one before were one.
-    """
+    """The likeliest division of a list into sessions, by dynamic programming:
+    the label of each utterance."""
     count = len(points)
     sums = np.concatenate((np.zeros_like(points[:1]), points.cumsum(axis=0)))
     best, begin = np.zeros(count + 1), np.zeros(count + 1, dtype=int)
@@ -344,21 +343,11 @@ def _segment(points, spread, change):
         total += _evidence(end - starts, sums[end] - sums[:end], spread)
         begin[end] = total.argmax()
         best[end] = total[begin[end]]
-    cuts = [count]
-    while cuts[-1] > 0:
-        cuts.append(begin[cuts[-1]])
-    cuts = np.array(cuts[::-1])
-    label = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
-    strength = np.zeros(count)
-
-    def evidence(first, last):
-        return _evidence(last - first, sums[last] - sums[first], spread)
-
-    for before, cut, after in zip(cuts, cuts[1:], cuts[2:], strict=False):
-        strength[cut] = (
-            evidence(before, cut) + evidence(cut, after)
-        ) - evidence(before, after)
-    return label, strength
+    label, end = np.zeros(count, dtype=int), count
+    while end > 0:
+        label[begin[end] :] += begin[end] > 0
+        end = begin[end]
+    return label
 
 
 def _cluster(points, spread):
@@ -384,10 +373,14 @@ def _covariances(points, speaker, label, noise):
     """Covariance within and between sessions, and the number of sessions.
 
     ``noise`` [speakers] is each one's deviation, by which residues count less.
+    The speakers' means are taken for known, so of a speaker's S sessions only
+    1 - 1 / S of their covariance is seen. That is left so: it makes too few
+    sessions rather than too many, and one too few leaks nothing. Unbiased, 13 %
+    instead of 0.5 % of the utterances held out in VoxForge, where most speakers
+    have one session, came from a session that was trained on.
     """
-    group = np.unique(np.stack((speaker, label)), axis=1, return_inverse=True)[
-        1
-    ].ravel()
+    pairs = np.stack((speaker, label))
+    group = np.unique(pairs, axis=1, return_inverse=True)[1].ravel()
     count = np.bincount(group)
     means = np.zeros((len(count), points.shape[1]))
     np.add.at(means, group, points)
@@ -402,13 +395,19 @@ def _covariances(points, speaker, label, noise):
     return within, between, len(count)
 
 
+def _nearest(values, wanted):
+    return values[np.abs(values - wanted).argmin()]
+
+
 def hold_out(sessions: Sessions, share: float, seed: int) -> np.ndarray:
     """Whole sessions to validate on, of each speaker with two or more.
 
     Where the list is in the order of recording, a speaker's last sessions are
     held out: a test of recordings to come is predicted from those before, and
-    training and validation meet at a single edge. Elsewhere sessions are drawn
-    at random.
+    training and validation meet at a single edge. If the last one is more than
+    two thirds of the list, the first ones are. Elsewhere sessions are drawn at
+    random, and each that brings the share nearer is taken; if none does, the
+    first drawn that is at most half of the list.
 
     Arguments
     ---------
@@ -438,17 +437,24 @@ def hold_out(sessions: Sessions, share: float, seed: int) -> np.ndarray:
         sizes = np.bincount(label)
         if len(sizes) < 2:
             continue
-        if sessions.strength is not None:
+        if sessions.ordered:
             cuts = np.flatnonzero(np.diff(label)) + 1
-            # Not the surest edge: the sessions beyond it are the oddest.
-            cut = min(cuts, key=lambda cut: abs(count - cut - share * count))
-            held[rows[cut:]] = True
+            if 3 * (count - cuts[-1]) <= 2 * count:
+                cut = _nearest(cuts, count - share * count)
+                held[rows[cut:]] = True
+            else:
+                held[rows[: _nearest(cuts, share * count)]] = True
             continue
-        limit = max(share * count, sizes.min())
-        for session in generator.permutation(len(sizes)):
-            if sizes[session] <= limit:
-                held[rows[label == session]] = True
-                limit -= sizes[session]
+        drawn = generator.permutation(len(sizes))
+        chosen, missing = [], share * count
+        for session in drawn:
+            left = missing - sizes[session]
+            if abs(left) < missing and len(chosen) < len(sizes) - 1:
+                chosen.append(session)
+                missing = left
+        if not chosen:
+            chosen = drawn[2 * sizes[drawn] <= count][:1]
+        held[rows[np.isin(label, chosen)]] = True
     return held
 
 

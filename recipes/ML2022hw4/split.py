@@ -125,9 +125,8 @@ def find_sessions(
         return known_sessions(names, speakers), "as the data folder says"
     prints = pack_fingerprints(pack, [u.path for u in corpus.labelled])
     found = infer_sessions(prints, speakers)
-    if found.strength is None:
-        how = "clustered; the lists' order says nothing"
-    else:
+    how = "clustered; the lists' order says nothing"
+    if found.ordered:
         how = f"runs of the lists; neighbours are {found.order:.2f} x as far"
         how += " apart as random pairs"
     return found, f"inferred from the features ({how})"
