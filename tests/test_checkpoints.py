@@ -166,9 +166,17 @@ def test_time_goes_on_where_it_was(tmp_path):
 
 
 def test_another_identity_is_refused(tmp_path):
-    RunState({"seed": 1, "data": "a"}).save(tmp_path / "state.ckpt")
-    with pytest.raises(UserError, match="begun with data=a, not b"):
-        RunState({"seed": 1, "data": "b"}).load(tmp_path / "state.ckpt", True)
+    begun = {"seed": 1, "data": "a", "data_folder": "x", "pooling": "yaml 0"}
+    RunState(begun).save(tmp_path / "state.ckpt")
+    for change, words in (
+        ({"seed": 2}, "begun with seed=1, not 2; go on with 1, or give"),
+        ({"data": "b"}, "begun with other data, those of x; give another"),
+        ({"pooling": "yaml 1"}, "begun with another 'pooling' in its YAML"),
+    ):
+        with pytest.raises(UserError, match=words):
+            RunState(begun | change).load(tmp_path / "state.ckpt", True)
+    moved = RunState(begun | {"data_folder": "y"})
+    moved.load(tmp_path / "state.ckpt", True)
 
 
 def test_a_text_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch):

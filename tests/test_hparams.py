@@ -91,7 +91,8 @@ def test_numbers_are_read_as_hyperpyyaml_reads_them(file):
         ("batch_size: [1, 2]", "must be a whole number"),
         ("batch_size: 1", r"batch_size=1 isn't in \[2, "),
         ("lr: x", "--lr=x must be a number"),
-        ("lr:", "--lr=None must be a number"),
+        ("lr:", "--lr has no value; give one"),
+        ("lr: null", "--lr=None must be a number"),
         ("lr: .nan", "lr=nan isn't in"),
         ("lr: -1", "lr=-1 isn't in"),
         ("valid_fraction: 2", r"valid_fraction=2 isn't in \[0.0, 1.0\]"),
@@ -122,6 +123,16 @@ def test_values_are_checked_before_the_data_are_read():
 @pytest.mark.parametrize("path", sorted(HPARAMS.glob("*.yaml")))
 def test_the_systems_own_values_pass(path):
     check_values(path, plain_values(path), LIMITS)
+
+
+def test_a_key_without_a_value_is_no_default(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("data_folder: null\nlr: 0.1")
+    for arguments in (["--data_folder"], ["--data_folder=", "--lr=1"]):
+        *_, overrides = parse_arguments([str(path), *arguments])
+        with pytest.raises(UserError, match="--data_folder has no value"):
+            plain_values(path, overrides)
+    assert plain_values(path, "data_folder: null")["data_folder"] is None
 
 
 @pytest.mark.parametrize("joint", ["=", " "])

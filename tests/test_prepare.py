@@ -1,10 +1,14 @@
 """From a data folder to manifests and a submission."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from corpus import make_corpus
 
+import prepare
 from results import write_submission
 from spkid.errors import UserError
 from spkid.scoring import Score
@@ -58,3 +62,18 @@ def test_the_submission_keeps_odd_names_whole(data, tmp_path):
     with open(tmp_path / "s.csv", newline="") as file:
         rows = list(csv.reader(file))
     assert rows[1] == [corpus.test[0].path, 'a "comma", too']
+
+
+def test_recordings_become_data_as_the_readme_says(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    for name in ("ann/1", "ann/2", "bob/1", "bob/2"):
+        path = tmp_path / "recordings" / f"{name}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, generator.normal(0, 0.1, 16000), 16000)
+    page = Path(prepare.__file__).with_name("README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    corpus = read_corpus(tmp_path / "data")
+    assert corpus.speakers == ["ann", "bob"]
+    assert [u.speaker for u in corpus.labelled] == ["ann"] * 2 + ["bob"] * 2
+    prepare.pack_corpus(corpus, tmp_path / "packs")

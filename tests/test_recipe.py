@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,7 +99,11 @@ def test_a_final_fit_trains_on_all_for_as_many_steps(data, tmp_path):
     assert json.loads((folder / "valid.json").read_text()) == {}
     # 32 utterances for the steps of 4 epochs of those not held out, at most.
     trained = json.loads((output / "manifests" / "train.json").read_text())
-    assert 1 <= final["epochs"] <= round(4 * len(trained) / 32)
+    history = json.loads((output / "history.json").read_text())
+    best = max(row["valid accuracy"] for row in history)
+    chosen = [r["epoch"] for r in history if r["valid accuracy"] == best]
+    steps = {max(1, round(epoch * len(trained) / 32)) for epoch in chosen}
+    assert final["epochs"] in steps
     for place in (output, output / "final"):
         assert str(place / "report.html") in done.stdout
         assert (place / "report.html").exists()
@@ -111,6 +116,7 @@ def test_a_choice_that_cannot_be_carried_out_is_not_the_run_s(data, tmp_path):
     assert "fold=7 isn't in 0 ... n_folds - 1 = 4" in wrong.stderr
     right = run([*arguments, "--fold=1"])
     assert right.returncode == 0, right.stderr
+    assert not list((tmp_path / "out").glob("[!p]*")), "only the packs are left"
 
 
 def test_a_run_learns_and_says_where_its_results_are(data, finished):
@@ -381,7 +387,9 @@ def test_a_mistake_costs_one_sentence(name, tmp_path):
     [
         ("--seed=7", "begun with seed=1986, not 7"),
         ("--valid_fraction=0.5", "begun with valid_fraction=0.1, not 0.5"),
-        ("--kernel_size=7", "begun with parameters="),
+        ("--kernel_size=7", "begun with kernel_size=15, not 7"),
+        ("--margin=0.5", "begun with margin=0.2, not 0.5"),
+        ("--precision=bf16", "begun with precision=fp32, not bf16"),
     ],
 )
 @pytest.mark.parametrize("more", [[], ["--test_only"]])
@@ -400,6 +408,53 @@ def test_another_run_cannot_be_gone_on_with(
     assert done.returncode == 1
     assert words in done.stderr
     assert contents() == before, "nothing of the run is touched"
+
+
+def test_an_object_changed_in_the_yaml_file_is_another_run(
+    data, finished, tmp_path
+):
+    text = (ROOT / "hparams" / "conformer.yaml").read_text()
+    assert "AttentiveStatisticsPooling" in text
+    changed = tmp_path / "conformer.yaml"
+    changed.write_text(text.replace("begin: 0.0", "begin: 0.1"))
+    given = command(data, finished[0])
+    given[2] = str(changed)
+    done = run(given)
+    assert done.returncode == 1
+    assert "begun with another 'margin_schedule' in its YAML" in done.stderr
+
+
+def test_other_data_are_another_run(finished, tmp_path):
+    other = make_corpus(tmp_path / "other", seed=1)
+    done = run(command(other, finished[0]))
+    assert done.returncode == 1
+    assert "begun with other data, those of " in done.stderr
+
+
+def test_new_recordings_need_no_training_data(data, finished, tmp_path):
+    new = make_corpus(tmp_path / "new", n_test=9, seed=0)
+    for path in [*new.glob("uttr-[0-9]*"), new / "metadata.json"]:
+        path.unlink()
+    output, before = finished[0], (finished[0] / "submission.csv").read_bytes()
+    predict = [sys.executable, str(RECIPE / "predict.py"), str(output)]
+    done = run([*predict, f"--data_folder={new}"])
+    assert done.returncode == 0, done.stderr
+    said = re.search(r"Test accuracy ([\d.]+)", done.stdout)
+    assert float(said[1]) >= 0.7
+    rows = (output / "submission-new.csv").read_text().splitlines()
+    assert len(rows) == 10
+    assert (output / "submission.csv").read_bytes() == before
+    testdata = json.loads((new / "testdata.json").read_text())
+    (new / "testdata.json").write_text(
+        json.dumps({**testdata, "utterances": []})
+    )
+    done = run([*predict, f"--data_folder={new}"])
+    assert done.returncode == 1
+    assert "testdata.json: has no utterance" in done.stderr
+    done = run([*predict, "--device=nonsense"])
+    assert done.returncode == 1
+    assert "--device nonsense: can't be used here" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_test_only_repeats_the_results(data, finished):

@@ -50,7 +50,7 @@ def test_whole_sessions_and_some_known_utterances_are_held_out(made):
     assert len(paths(parts["valid"], "new")) == 8 == report["held_out"]
     assert len(paths(parts["valid"], "known")) == 5 == report["known"]
     assert len(parts["train"]) == 32 - 8 - 5
-    assert report["sessions"] == "as the data folder says"
+    assert report["sessions"] == "as sessions.json says"
     assert all(s["sessions"] == 4 for s in report["speakers"].values())
     assert not report["warnings"]
 
@@ -97,12 +97,31 @@ def test_a_speaker_with_one_session_is_said(made):
 def test_folders_of_sessions_are_taken(made):
     corpus, pack = made
     (corpus.folder / "sessions.json").unlink()
-    assert split.written_sessions(corpus) is None
+    assert split.written_sessions(corpus) == (None, "")
     for number, utterance in enumerate(corpus.labelled):
         utterance.path = f"{utterance.speaker}/{number % 2}/{number}.pt"
     found, source = split.find_sessions(corpus, pack)
-    assert source == "as the data folder says"
+    assert source == "the folders speaker/session/file"
     assert set(found.label) == {0, 1}
+
+
+@pytest.mark.parametrize("form", ["train/{0}/{1}.pt", "train/part{1}/{0}.pt"])
+def test_other_folders_are_no_sessions(made, form):
+    corpus, _ = made
+    (corpus.folder / "sessions.json").unlink()
+    for number, utterance in enumerate(corpus.labelled):
+        utterance.path = form.format(utterance.speaker, number)
+    assert split.written_sessions(corpus) == (None, "")
+
+
+def test_single_written_sessions_name_the_cure(made):
+    corpus, _ = made
+    path = corpus.folder / "sessions.json"
+    path.write_text(
+        json.dumps(dict.fromkeys(json.loads(path.read_text()), "a"))
+    )
+    with pytest.raises(UserError, match="or give --sessions inferred"):
+        divide(made)
 
 
 def test_sessions_can_be_inferred_all_the_same(made):

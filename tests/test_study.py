@@ -124,3 +124,11 @@ def test_mistakes_cost_one_sentence(place, tmp_path):
         study.main(["crops"])
     with pytest.raises(UserError, match=r"its last words are in .*\.log"):
         validation(tmp_path, tmp_path / "nothing")
+    with pytest.raises(UserError, match="--jobs must be at least 1"):
+        validation(place, place / "data", "--jobs", "0")
+    other = make_corpus(tmp_path / "data")
+    with pytest.raises(UserError, match=r"is a run on .*, not on"):
+        validation(place, other)
+    (other / "testlabels.json").unlink()
+    with pytest.raises(UserError, match=r"testlabels\.json: is missing"):
+        validation(place, other)

@@ -131,19 +131,28 @@ def check_identity(path: Path, theirs: dict, ours: dict) -> None:
     path : pathlib.Path
         Where the earlier run's identity was found.
     theirs, ours : dict
-        What the run was begun with, and what it would go on with.
+        What the run was begun with, and what it would go on with. A value
+        that begins with "yaml " is a digest; ``data`` is one, too, of what
+        was in ``data_folder``, which isn't compared.
 
     Example
     -------
     >>> check_identity(Path("results"), {"seed": 1}, {"seed": 1})
     """
     for key, value in ours.items():
-        if theirs.get(key) != value:
-            raise UserError(
-                f"{path}: this run was begun with {key}={theirs.get(key)}, "
-                f"not {value}; go on with {theirs.get(key)}, or give another "
-                "--output_folder to begin anew."
-            )
+        if key == "data_folder" or theirs.get(key) == value:
+            continue  # the same data may lie elsewhere now
+        begun, cure = f"{key}={theirs.get(key)}, not {value}", ""
+        if key == "data":
+            begun = f"other data, those of {theirs.get('data_folder')}"
+        elif str(value).startswith("yaml "):
+            begun = f"another '{key}' in its YAML file"
+        else:
+            cure = f"go on with {theirs.get(key)}, or "
+        raise UserError(
+            f"{path}: this run was begun with {begun}; {cure}give another "
+            "--output_folder to begin anew."
+        )
 
 
 class AtomicCheckpointer(Checkpointer):

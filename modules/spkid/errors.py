@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class UserError(Exception):
@@ -115,8 +116,8 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     """Runs a command's main function; ends the process as a user expects.
 
     A :class:`UserError` is printed alone, with exit code 1, and so is a full
-    disk; Ctrl-C ends with 130. Anything else is a defect of ours and keeps
-    its traceback.
+    disk or a place that is forbidden; Ctrl-C ends with 130. Anything else is a
+    defect of ours and keeps its traceback.
 
     Arguments
     ---------
@@ -136,6 +137,11 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         sentence = str(error).rpartition(f"{UserError.__name__}: ")[2]
         sys.exit(f"Error: {sentence.strip()}")
     except OSError as error:
+        if error.errno in FORBIDDEN and error.filename:
+            sys.exit(
+                f"Error: {error.filename}: {error.strerror}; name another "
+                "folder, or have this one opened to you."
+            )
         if error.errno not in FULL:
             raise
         sys.exit(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import speechbrain as sb
+import torch
 import yaml
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from speechbrain.core import RunOptions
@@ -62,6 +65,71 @@ def parse_arguments(arguments: list[str]) -> tuple[str, RunOptions, str]:
     return path, replace(options, param_file=path), overrides
 
 
+def override(overrides: str, values: dict) -> str:
+    """Overrides with other values for some keys.
+
+    Arguments
+    ---------
+    overrides : str
+        YAML text, as :func:`parse_arguments` makes it.
+    values : dict
+        Keys and the values that they shall have.
+
+    Returns
+    -------
+    str
+
+    Example
+    -------
+    >>> override("seed: 1\\nlr: 0.1", {"lr": 0.2})
+    'seed: 1\\nlr: 0.2'
+    """
+    kept = [
+        line
+        for line in overrides.splitlines()
+        if line.partition(":")[0] not in values
+    ]
+    kept += [f"{key}: {json.dumps(value)}" for key, value in values.items()]
+    return "\n".join(kept)
+
+
+def all_values(path: str | Path, overrides: str = "") -> dict:
+    """All that a HyperPyYAML file says, for telling two runs apart.
+
+    Arguments
+    ---------
+    path, overrides
+        As in :func:`plain_values`.
+
+    Returns
+    -------
+    dict
+        The plain values, then "yaml " and a digest for each object.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "a.yaml"
+    >>> _ = path.write_text("m: !new:spkid.norm.X\\n    size: 3\\nlr: 0.1")
+    >>> before, after = all_values(path), all_values(path, "lr: 0.2")
+    >>> list(before), before["m"] == after["m"], before["m"][:5]
+    (['lr', 'm'], True, 'yaml ')
+    """
+    plain = plain_values(path, overrides)
+    text = Path(path).read_text(encoding="utf-8")
+    root = yaml.compose(resolve_references(text, overrides), _PlainLoader)
+    objects = {
+        key.value: yaml.serialize(value)
+        for key, value in root.value
+        if "!" in value.tag
+    }
+    digests = {
+        key: f"yaml {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+        for key, text in objects.items()
+    }
+    plain = {key: value for key, value in plain.items() if key not in objects}
+    return plain | digests
+
+
 def plain_values(
     path: str | Path, overrides: str = "", only_given: bool = False
 ) -> dict:
@@ -110,6 +178,8 @@ def plain_values(
         raise UserError(
             f"'{overrides}' isn't of the form --key=value; see {path} for keys."
         )
+    if empty := re.search(r"^(\w+): *$", overrides, re.MULTILINE):
+        raise UserError(f"--{empty[1]} has no value; give one, or null.")
     names = re.findall(r"^(\w+):", overrides, re.MULTILINE)
     for key in given:
         if names.count(key) > 1:
@@ -171,6 +241,28 @@ def check_values(
             raise UserError(
                 f"{path}: {key}={value} is no path; write ./{value} if it is."
             )
+
+
+def check_device(name: str) -> None:
+    """Raises UserError for a device that can't be used here.
+
+    Arguments
+    ---------
+    name : str
+        As PyTorch names it.
+
+    Example
+    -------
+    >>> check_device("cpu")
+    """
+    try:
+        torch.zeros(1, device=name)
+    except Exception as error:  # each backend has its own
+        why = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"--device {name}: can't be used here ({why}); give another one, "
+            "as cpu."
+        ) from None
 
 
 def load_hparams(path: str | Path, overrides: str = "") -> dict:

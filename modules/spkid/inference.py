@@ -74,6 +74,39 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
+def mean_embeddings(
+    embeddings: torch.Tensor, owner: torch.Tensor, count: int
+) -> torch.Tensor:
+    """One embedding of each utterance from those of its parts: their mean
+    direction, and their mean norm, which some classifiers look at, too.
+
+    Arguments
+    ---------
+    embeddings : torch.Tensor [parts, size]
+        Of the parts.
+    owner : torch.Tensor [parts]
+        The utterance of each part, from 0.
+    count : int
+        Number of utterances; each has a part.
+
+    Returns
+    -------
+    torch.Tensor [count, size]
+
+    Example
+    -------
+    >>> parts = torch.tensor([[2.0, 0.0], [0.0, 2.0], [3.0, 0.0]])
+    >>> mean_embeddings(parts, torch.tensor([0, 0, 1]), 2)
+    tensor([[1.4142, 1.4142],
+            [3.0000, 0.0000]])
+    """
+    embeddings = embeddings.float()
+    own = owner == torch.arange(count, device=owner.device).unsqueeze(1)
+    own = own.float() / own.sum(dim=1, keepdim=True)
+    direction = F.normalize(own @ F.normalize(embeddings, dim=1), dim=1)
+    return direction * (own @ embeddings.norm(dim=1, keepdim=True))
+
+
 class UtteranceEmbedder:
     """Embeds utterances of any length within a budget of frames.
 
@@ -172,12 +205,7 @@ class UtteranceEmbedder:
         embeddings = torch.cat(embeddings)
         if len(rows) == batch:
             return embeddings[rows.argsort()].unsqueeze(1)
-        embeddings = embeddings.float()
-        own = rows == torch.arange(batch, device=rows.device).unsqueeze(1)
-        own = own.float() / own.sum(dim=1, keepdim=True)
-        direction = F.normalize(own @ F.normalize(embeddings, dim=1), dim=1)
-        norm = own @ embeddings.norm(dim=1, keepdim=True)
-        return (direction * norm).unsqueeze(1)
+        return mean_embeddings(embeddings, rows, batch).unsqueeze(1)
 
     def _cut(self, part):
         """The windows of a part (row, first frame, frames)."""

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Writes a submission again, from a finished run.
+"""Says who speaks in test utterances, by a finished run.
 
 Usage: python predict.py OUTPUT_FOLDER [--data_folder DIR] [--submission FILE]
                          [--device cpu]
 
-The data folder is the run's own unless another one, with the same speakers,
-is named; the submission goes to OUTPUT_FOLDER/submission.csv.
+The data folder is the run's own, and OUTPUT_FOLDER/submission.csv is written
+again; or another one, with the run's mapping.json, a testdata.json and its
+files, whose speakers go to OUTPUT_FOLDER/submission-DIR.csv.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from results import WEIGHTS, write_submission
 from speaker_brain import SpeakerBrain
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import UserError, run_command
-from spkid.hparams import load_hparams
+from spkid.hparams import check_device, load_hparams
 from spkid.scoring import summarize
 from validate import manifest, read_corpus
 
@@ -72,15 +73,23 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--submission", type=Path)
     parser.add_argument("--device", default=None)
     args = parser.parse_args(arguments)
+    if args.device:
+        check_device(args.device)
     hparams = load_run(args.output_folder)
+    other = args.data_folder is not None
     corpus = read_corpus(
         args.data_folder or hparams["data_folder"],
         hparams["on_bad_file"],
         hparams["max_bad_share"],
+        test_only=other,
     )
+    if not corpus.test:
+        raise UserError(
+            f"{corpus.folder / 'testdata.json'}: has no utterance; add some."
+        )
     if corpus.n_mels != hparams["n_mels"]:
         raise UserError(
-            f"{corpus.folder / 'metadata.json'}: n_mels is {corpus.n_mels}, "
+            f"{corpus.folder / 'testdata.json'}: n_mels is {corpus.n_mels}, "
             f"but the run was trained with {hparams['n_mels']}."
         )
     speakers = args.output_folder / "speakers.txt"
@@ -89,8 +98,9 @@ def main(arguments: list[str]) -> None:
             f"{corpus.folder / 'mapping.json'}: its speakers are not those of "
             f"{speakers}; give the mapping.json that the run was trained with."
         )
+    packed = hparams["pack"] and not other  # what is read once needs no pack
     pack = prepare.pack_corpus(
-        corpus, hparams["pack_folder"], hparams["pack"], hparams["pack_dtype"]
+        corpus, hparams["pack_folder"], packed, hparams["pack_dtype"]
     )
     manifests = {"test": manifest(corpus.test)}
     encoder = label_encoder(corpus.speakers)
@@ -99,11 +109,14 @@ def main(arguments: list[str]) -> None:
         hparams=hparams,
         run_opts={"device": args.device} if args.device else None,
     )
-    if hparams["pack_on_device"]:
+    if hparams["pack_on_device"] and packed:
         pack.to(brain.device)
     datasets = make_datasets(hparams, manifests, pack, encoder)
     brain.evaluate(make_loaders(hparams, datasets)["test"])
-    target = args.submission or args.output_folder / "submission.csv"
+    name = (
+        f"submission-{corpus.folder.resolve().name}" if other else "submission"
+    )
+    target = args.submission or args.output_folder / f"{name}.csv"
     write_submission(corpus, brain.scores, target)
     accuracy = summarize(brain.scores)["accuracy"]
     known = "unknown" if accuracy is None else f"{accuracy:.4f}"

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 import os
 from pathlib import Path
 
 import mini_corpus
 from spkid.errors import UserError, run_command, table
-from spkid.hparams import check_values, plain_values
+from spkid.hparams import check_values, override, plain_values
 from spkid.packed import FeatureFiles, PackedFeatures
 from validate import (
     LIMITS,
@@ -153,12 +152,12 @@ def resolve_data(
         folder = mini_corpus.build(DEFAULT_DATA / "mini")
     corpus = read_corpus(folder, plain["on_bad_file"], plain["max_bad_share"])
     decided = {"n_speakers": len(corpus.speakers), "n_mels": corpus.n_mels}
-    if "data_folder" not in given:
-        decided["data_folder"] = str(folder)
-    for key, value in decided.items():
-        overrides += f"\n{key}: {json.dumps(value)}"
+    decided["data_folder"] = os.path.abspath(folder)
+    if plain["pack_folder"]:
+        decided["pack_folder"] = os.path.abspath(plain["pack_folder"])
     choices = (plain[key] for key in ("pack_folder", "pack", "pack_dtype"))
-    return corpus, pack_corpus(corpus, *choices), overrides
+    pack = pack_corpus(corpus, *choices)
+    return corpus, pack, override(overrides, decided)
 
 
 def main(arguments: list[str]) -> None:

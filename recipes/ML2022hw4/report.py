@@ -32,14 +32,14 @@ from spkid.errors import UserError, run_command
 
 ACCURACY = "valid accuracy"  # in history.json
 MEANING = {
-    "new": "Recordings of sessions that the model never heard. This number "
-    "predicts the test.",
+    "new": "Recordings of sessions that the model never heard, mean over "
+    "speakers. This number predicts the test.",
     "random": "Utterances drawn at random; the model was trained on others of "
     "their sessions. A flattering number: expect less on new recordings.",
-    "known": "Held-out utterances of sessions that the model was trained on. "
-    "A flattering number, since room and microphone help.",
-    "gap": "Known minus new: how much of the flattering number is room and "
-    "microphone rather than voice.",
+    "known": "Held-out utterances of sessions that the model was trained on, "
+    "mean over speakers. A flattering number, since room and microphone help.",
+    "gap": "Known minus new, over the speakers who have both: how much of the "
+    "flattering number is room and microphone rather than voice.",
     "test": "The test utterances, whose speakers the data folder names.",
 }
 

@@ -54,7 +54,8 @@ def write_submission(
     """Writes the competition's CSV, in the order of testdata.json.
 
     A test utterance that was skipped gets the speaker with most training
-    utterances, since the competition wants a row for each.
+    utterances (the first one, where those aren't at hand), since the
+    competition wants a row for each.
 
     Arguments
     ---------
@@ -66,6 +67,7 @@ def write_submission(
         The CSV file.
     """
     counts = Counter(utterance.speaker for utterance in corpus.labelled)
+    counts[corpus.speakers[0]] += 0
     ((commonest, _),) = counts.most_common(1)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -76,8 +78,7 @@ def write_submission(
         writer.writerow([name, guess])
     if len(corpus.test_paths) > len(corpus.test):
         logger.warning(
-            "%s: %d test utterances could not be read; their rows say %s, who "
-            "has most training utterances.",
+            "%s: %d test utterances could not be read; their rows say %s.",
             path,
             len(corpus.test_paths) - len(corpus.test),
             commonest,

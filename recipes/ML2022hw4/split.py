@@ -1,8 +1,9 @@
 """What is trained on and what is validated on.
 
 ``session`` holds out whole recording sessions, which no training utterance
-shares, and beside them a few utterances of sessions that are trained on. The
-accuracy on the first predicts that on new recordings; the second flatters.
+of the speaker shares, and beside them a few utterances of sessions that are
+trained on. The accuracy on the first predicts that on new recordings; the
+second flatters.
 """
 
 from __future__ import annotations
@@ -41,19 +42,19 @@ KEYS = (
 )
 
 
-def written_sessions(corpus: Corpus) -> list[str] | None:
+def written_sessions(corpus: Corpus) -> tuple[list[str] | None, str]:
     """The session of each labelled utterance, where the data folder says it.
 
     Arguments
     ---------
     corpus : Corpus
         Its folder may hold sessions.json (feature path to session), or its
-        feature paths may be speaker/session/file.
+        feature paths may be speaker/session/file, by the speaker's very name.
 
     Returns
     -------
-    list of str
-        None where the data folder doesn't say.
+    tuple
+        A list of names, and what says so; None where nothing does.
 
     Raises
     ------
@@ -69,11 +70,14 @@ def written_sessions(corpus: Corpus) -> list[str] | None:
                     f"{path}: {utterance.path!r} has no session; name one for "
                     "each labelled utterance, or give --sessions inferred."
                 )
-        return [names[u.path] for u in corpus.labelled]
-    parents = [Path(u.path).parent for u in corpus.labelled]
-    if all(len(parent.parts) > 1 for parent in parents):
-        return [str(parent) for parent in parents]
-    return None
+        return [names[u.path] for u in corpus.labelled], "as sessions.json says"
+    parts = [Path(u.path).parts for u in corpus.labelled]
+    if all(
+        len(own) == 3 and own[0] == utterance.speaker
+        for own, utterance in zip(parts, corpus.labelled, strict=True)
+    ):
+        return [own[1] for own in parts], "the folders speaker/session/file"
+    return None, ""
 
 
 def sessions_digest(corpus: Corpus, choices: dict) -> str | None:
@@ -120,9 +124,10 @@ def find_sessions(
     if sessions not in ("auto", "inferred"):
         raise UserError(f"sessions={sessions!r} is neither auto nor inferred.")
     speakers = [u.speaker for u in corpus.labelled]
-    names = written_sessions(corpus) if sessions == "auto" else None
-    if names is not None:
-        return known_sessions(names, speakers), "as the data folder says"
+    if sessions == "auto":
+        names, source = written_sessions(corpus)
+        if names is not None:
+            return known_sessions(names, speakers), source
     prints = pack_fingerprints(pack, [u.path for u in corpus.labelled])
     found = infer_sessions(prints, speakers)
     how = "clustered; the lists' order says nothing"
@@ -196,8 +201,9 @@ def divide(
         raise UserError(
             f"{corpus.folder / 'metadata.json'}: no speaker has two "
             + ("utterances" if split == "random" else "sessions")
+            + ("" if sessions is None else f" (sessions are {source})")
             + ", so nothing can be held out for validation; record more"
-            + ("." if split == "random" else ", or give --split random.")
+            + _other_split(split, source)
         )
     parts = {"train": {}, "valid": {}}
     entries = manifest(corpus.labelled)
@@ -209,6 +215,14 @@ def divide(
             entry["part"] = new if held[row] else "known"
         parts["train" if "part" not in entry else "valid"][key] = entry
     return parts, _report(names, sessions, source, held, known, split)
+
+
+def _other_split(split, source):
+    if split == "random":
+        return "."
+    if "inferred" in source:
+        return ", or give --split random, which flatters."
+    return ", or give --sessions inferred."
 
 
 def _check(choices):
@@ -248,11 +262,14 @@ def _report(names, sessions, source, held, known, split):
     warnings = []
     if bare and split != "none":
         some = ", ".join(bare[:5]) + (", ..." if len(bare) > 5 else "")
-        why = "utterance" if split == "random" else "session"
+        why = "most for want of a second session"
+        if split == "random":
+            why = "for want of a second utterance"
+        elif split == "folds":
+            why = "for want of a second session, or in another fold"
         warnings.append(
             f"{len(bare)} of {len(speakers)} speakers have nothing held out, "
-            f"most for want of a second {why}: {some}; the validation says "
-            "nothing about them."
+            f"{why}: {some}; the validation says nothing about them."
         )
     if held.any() and split in BY_SESSION and not known.any():
         warnings.append(

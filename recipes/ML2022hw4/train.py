@@ -10,13 +10,13 @@ same command, given again, goes on where it was stopped.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import speechbrain as sb
 import torch
-import yaml
 from speechbrain.core import RunOptions
 from speechbrain.dataio.dataio import load_data_json
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
@@ -28,29 +28,53 @@ from speaker_brain import SpeakerBrain
 from spkid.checkpoints import RunState, check_identity, save_atomically
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import run_command, table
-from spkid.hparams import load_hparams, parse_arguments, plain_values
+from spkid.hparams import (
+    all_values,
+    check_device,
+    load_hparams,
+    override,
+    parse_arguments,
+    plain_values,
+)
 from spkid.scoring import (
     summarize,
     summarize_parts,
 )
 from validate import read_json
 
+# What a run may change when it goes on: none of these moves a number.
+FREE = {
+    *("data_folder", "pack_folder", "output_folder", "save_folder"),
+    *("manifest_folder", "train_log", "train_logger", "tensorboard_logger"),
+    *("use_tensorboard", "checkpointer", "pack", "pack_on_device"),
+    *("on_bad_file", "max_bad_share", "num_workers", "max_frames_per_batch"),
+    *("ckpt_interval_minutes", "nonfinite_patience", "final_fit"),
+}
+# And what --test_only may, since nothing is trained.
+EVALUATION = {
+    *("evaluation", "window_frames", "window_hop", "equal_length_batches"),
+    "average_checkpoints",
+}
 
-def run_identity(hparams, corpus):
+
+def run_identity(hparams_file, overrides, hparams, run_opts, corpus):
     """What a run may not change when it goes on."""
     alone = not torch.distributed.is_initialized()
-    keys = (*split.KEYS, "batch_size", "segment_frames")
-    keys += ("sampler", "bucket_batches")
+    free = FREE | (EVALUATION if run_opts.test_only else set())
+    values = all_values(hparams_file, overrides)
     return {
         "data": corpus.digest(),
+        "data_folder": str(corpus.folder),
         "written_sessions": split.sessions_digest(corpus, hparams),
         "processes": 1 if alone else torch.distributed.get_world_size(),
+        "precision": run_opts.precision,
+        "grad_accumulation_factor": run_opts.grad_accumulation_factor,
+        **{key: value for key, value in values.items() if key not in free},
         "parameters": sum(
             parameter.numel()
             for module in hparams["modules"].values()
             for parameter in module.parameters()
         ),
-        **{key: hparams[key] for key in keys},
     }
 
 
@@ -146,7 +170,8 @@ def open_output(hparams_file, overrides, hparams, identity, corpus, pack):
     )
     # Only now, lest a choice that can't be carried out be the run's for good.
     if if_main_process():
-        save_atomically(json.dumps(identity, indent=1), output / "run.json")
+        if not (output / "run.json").exists():
+            save_atomically(json.dumps(identity, indent=1), output / "run.json")
         if corpus.skipped:
             save_atomically(table(corpus.skipped, None), output / "skipped.txt")
     return output
@@ -178,7 +203,7 @@ def train(
     if if_main_process() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     hparams = load_hparams(hparams_file, overrides)
-    identity = run_identity(hparams, corpus)
+    identity = run_identity(hparams_file, overrides, hparams, run_opts, corpus)
     output = open_output(
         hparams_file, overrides, hparams, identity, corpus, pack
     )
@@ -205,7 +230,9 @@ def train(
     if "test" in loaders:
         brain.evaluate(loaders["test"])
     if brain.debug:
-        print("The debug run has passed; it leaves no results.")
+        if if_main_process():
+            shutil.rmtree(output)
+            print("The debug run has passed; it leaves no results.")
         return None
     if if_main_process():
         results = by_part(result) | {
@@ -236,14 +263,20 @@ def main(arguments: list[str]) -> None:
         not torch.cuda.is_available()
     ):
         run_opts = replace(run_opts, distributed_backend="gloo")
+    if "device" in run_opts.overridden_args:
+        check_device(run_opts.device)
     ddp_init_group(run_opts)
+    if run_opts.debug:  # what it leaves would pass for a run's beginning
+        output = plain_values(hparams_file, overrides)["output_folder"]
+        debugged = str(Path(output) / "debug")
+        overrides = override(overrides, {"output_folder": debugged})
     again = train(hparams_file, run_opts, overrides)
     if again:
         print("Once more, on all utterances:", flush=True)
         given = plain_values(hparams_file, overrides, only_given=True)
         for key in ("save_folder", "manifest_folder", "train_log"):
             given.pop(key, None)  # those of the first run
-        train(hparams_file, run_opts, yaml.safe_dump(given | again))
+        train(hparams_file, run_opts, override("", given | again))
     if torch.distributed.is_initialized():
         # Else a process that ends first may abort, which ends the one that
         # is still writing the results.

@@ -13,6 +13,7 @@ import prepare
 from predict import load_run
 from spkid.batching import LengthBatches
 from spkid.checkpoints import save_atomically
+from spkid.inference import mean_embeddings
 from spkid.lengths import relative_lengths
 from validate import read_corpus, read_json
 
@@ -32,7 +33,7 @@ class Run:
         self.pack = prepare.pack_corpus(
             corpus, place, *(self.hparams[key] for key in keys)
         )
-        manifests = Path(self.hparams["manifest_folder"])
+        manifests = folder / "manifests"
         self.parts = {}
         for name in ("train", "valid", "test"):
             entries = read_json(manifests / f"{name}.json")
@@ -51,7 +52,7 @@ class Run:
     def embed(
         self, pieces: list[torch.Tensor], rows: list[int]
     ) -> torch.Tensor:
-        """Embeddings of unit length [pieces, size] of parts of utterances."""
+        """Embeddings [pieces, size] of parts of utterances."""
         found = [None] * len(pieces)
         for batch in LengthBatches(
             [len(piece) for piece in pieces],
@@ -72,7 +73,7 @@ class Run:
         relative = relative_lengths(lengths, padded.shape[1])
         embeddings = modules["embedding_model"](features, relative).squeeze(1)
         for i, embedding in zip(batch, embeddings, strict=True):
-            found[i] = torch.nn.functional.normalize(embedding, dim=0)
+            found[i] = embedding
 
     def accuracy(
         self,
@@ -90,8 +91,8 @@ class Run:
                 rows.append(row)
                 owner.append(index)
         embeddings = self.embed(pieces, rows)
-        means = torch.zeros(len(utterances), embeddings.shape[1])
-        means.index_add_(0, torch.tensor(owner), embeddings)
+        count = len(utterances)
+        means = mean_embeddings(embeddings, torch.tensor(owner), count)
         with torch.no_grad():
             guesses = self.hparams["classifier"](means.unsqueeze(1))
         names = [

@@ -416,7 +416,10 @@ def unusable(
 
 
 def read_corpus(
-    folder: str | Path, on_bad_file: str = "stop", max_bad_share: float = 0.05
+    folder: str | Path,
+    on_bad_file: str = "stop",
+    max_bad_share: float = 0.05,
+    test_only: bool = False,
 ) -> Corpus:
     """Reads and checks the JSON files of a data folder.
 
@@ -431,6 +434,8 @@ def read_corpus(
         What is wrong in the JSON files always stops.
     max_bad_share : float
         Stops nevertheless if more than this share of the files is bad.
+    test_only : bool
+        Whether metadata.json and its files don't matter.
 
     Returns
     -------
@@ -456,12 +461,15 @@ def read_corpus(
     reader = _Reader(folder)
     speakers = reader.speakers()
     n_mels, labelled, test, has_labels = None, [], [], False
-    if (metadata := reader.json("metadata.json")) is not None:
+    metadata = None if test_only else reader.json("metadata.json")
+    if metadata is not None:
         n_mels = reader.n_mels(metadata, "metadata.json")
         labelled = reader.labelled(metadata, speakers)
     if (testdata := reader.json("testdata.json")) is not None:
         theirs = reader.n_mels(testdata, "testdata.json")
-        if None not in (n_mels, theirs) and theirs != n_mels:
+        if test_only:
+            n_mels = theirs
+        elif None not in (n_mels, theirs) and theirs != n_mels:
             what = f"is {theirs}, but metadata.json's is {n_mels}"
             reader.wrong("testdata.json", "key 'n_mels'", what, "correct it")
         test, has_labels = reader.test(testdata, speakers)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from spkid.checkpoints import save_atomically
 from spkid.errors import UserError
+from validate import read_json
 
 HERE = Path(__file__).resolve().parent
 SYSTEM = HERE / "hparams" / "conformer.yaml"
@@ -57,6 +58,7 @@ def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
     dict
         (data folder's name, variant, split, seed) to the output folder.
     """
+    _check(args)
     runs, jobs = {}, []
     for data in args.data_folder:
         for split in args.split:
@@ -67,7 +69,14 @@ def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
                     place /= "-".join(map(str, (data.name, split, seed)))
                     runs[key] = place
                     if not (place / "results.json").exists():
-                        jobs.append((data, changes, split, seed, runs[key]))
+                        jobs.append((data, changes, split, seed, place))
+                        continue
+                    of = read_json(place / "results.json")["data_folder"]
+                    if Path(of).resolve() != data.resolve():
+                        raise UserError(
+                            f"{place}: is a run on {of}, not on {data}; give "
+                            "another --folder."
+                        )
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
     with (
         tqdm(total=len(jobs), desc="Training", unit="run") as bar,
@@ -83,9 +92,29 @@ def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
     if broken:
         raise UserError(
             f"{broken[0]}: the run failed; its last words are in "
-            f"{broken[0].with_suffix('.log')}."
+            f"{_beside(broken[0], 'log')}."
         )
     return runs
+
+
+def _check(args):
+    """What would be found out only after hours of training."""
+    names = [data.name for data in args.data_folder]
+    if len(set(names)) < len(names):
+        raise UserError("--data_folder: two have one name; rename one.")
+    for data in args.data_folder:
+        if data.is_dir() and not (data / "testlabels.json").exists():
+            raise UserError(
+                f"{data / 'testlabels.json'}: is missing; validations can't be "
+                "compared to a test whose speakers nobody knows."
+            )
+    for key in ("seeds", "jobs", "epochs"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key} must be at least 1.")
+
+
+def _beside(run, suffix):
+    return run.with_name(f"{run.name}.{suffix}")
 
 
 def _slug(args, changes):
@@ -108,7 +137,7 @@ def _train(args, threads, data, changes, split, seed, output):
             raise UserError(f"{SYSTEM}: {old!r} doesn't stand there.")
         text = text.replace(old, new)
     output.parent.mkdir(parents=True, exist_ok=True)
-    system = output.with_suffix(".yaml")
+    system = _beside(output, "yaml")
     save_atomically(text, system)
     command = [sys.executable, str(HERE / "train.py"), str(system)]
     options = {
@@ -123,7 +152,7 @@ def _train(args, threads, data, changes, split, seed, output):
     for key, value in options.items():
         if value is not None:
             command += [f"--{key}", str(value)]
-    with open(output.with_suffix(".log"), "w", encoding="utf-8") as log:
+    with open(_beside(output, "log"), "w", encoding="utf-8") as log:
         subprocess.run(
             command,
             stdout=log,
@@ -134,29 +163,21 @@ def _train(args, threads, data, changes, split, seed, output):
 
 
 def accuracies(run: Path) -> dict[str, float]:
-    """Accuracy on each part of a run, over the speakers that the held-out
-    utterances and the test both cover; of what is validated on, the mean over
-    speakers, as in training."""
+    """Accuracy on each part of a run: means over the speakers whom both the
+    held-out utterances and the test cover."""
     with np.load(run / "evaluation.npz") as evaluation:
         part, target, guess = (
             evaluation[key] for key in ("part", "target", "guess")
         )
-    right, test = target == guess, part == "test"
-    result = {}
     held_out = np.isin(part, ("new", "random"))
-    both = np.intersect1d(target[test], target[held_out])
-    covered = np.isin(target, both)
+    both = np.intersect1d(target[part == "test"], target[held_out])
+    result = {}
     for name in PARTS:
-        chosen = covered & (part == name)
-        if name == "test":
-            result[name] = float(right[chosen].mean())
-        elif chosen.any():
+        chosen = np.isin(target, both) & (part == name)
+        if chosen.any():
+            own = (target == guess)[chosen]
+            who = target[chosen]
             result[name] = float(
-                np.mean(
-                    [
-                        right[chosen & (target == s)].mean()
-                        for s in np.unique(target[chosen])
-                    ]
-                )
+                np.mean([own[who == s].mean() for s in both if s in who])
             )
     return result
