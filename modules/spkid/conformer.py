@@ -442,7 +442,14 @@ class ConvolutionModule(nn.Module):
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
         # Seen as a picture of height 1 in channels-last order, the layout x
         # already has: on CPU 7 times faster than Conv1d, which reorders it.
-        x = self.depthwise(x.transpose(1, 2).unsqueeze(2))
+        x = x.transpose(1, 2).unsqueeze(2)
+        if x.is_cpu and torch.is_autocast_enabled("cpu"):
+            # As fast in float32, and oneDNN's bfloat16 kernel has been seen
+            # not to return, once in thousands of batches.
+            with torch.autocast("cpu", enabled=False):
+                x = self.depthwise(x.float())
+        else:
+            x = self.depthwise(x)
         x = x.squeeze(2).transpose(1, 2)
         if isinstance(self.conv_norm, MaskedBatchNorm):
             x = self.conv_norm(x, valid)
