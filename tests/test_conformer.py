@@ -228,6 +228,27 @@ def test_stochastic_depth_keeps_the_mean_and_skips_whole_utterances():
     assert torch.allclose(out.mean(0), kept[0], atol=0.15)
 
 
+def test_on_cpu_the_depthwise_convolution_stays_in_float32():
+    """oneDNN's in bfloat16 has been seen not to return."""
+    encoder = ConformerEncoder(
+        40, d_model=D, n_layers=1, n_heads=2, dropout=0.0
+    )
+    kinds = {}
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.groups > 1:
+            module.register_forward_hook(
+                lambda _, given, __: kinds.update(conv=given[0].dtype)
+            )
+    x = torch.randn(2, 9, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = encoder(x)
+    assert kinds == {"conv": torch.float32}
+    expected, _ = encoder(x)
+    assert (found.float() - expected).abs().max() < 0.1
+    found.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in encoder.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
