@@ -62,13 +62,15 @@ def run_identity(hparams_file, overrides, hparams, run_opts, corpus):
     alone = not torch.distributed.is_initialized()
     free = FREE | (EVALUATION if run_opts.test_only else set())
     values = all_values(hparams_file, overrides)
+    for key in ("precision", "grad_accumulation_factor", "max_grad_norm"):
+        # The command line's goes before the YAML file's.
+        if key in run_opts.overridden_args or key not in values:
+            values[key] = getattr(run_opts, key)
     return {
         "data": corpus.digest(),
         "data_folder": str(corpus.folder),
         "written_sessions": split.sessions_digest(corpus, hparams),
         "processes": 1 if alone else torch.distributed.get_world_size(),
-        "precision": run_opts.precision,
-        "grad_accumulation_factor": run_opts.grad_accumulation_factor,
         **{key: value for key, value in values.items() if key not in free},
         "parameters": sum(
             parameter.numel()
