@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import study
+import variants
 from spkid.errors import UserError
 from trained_run import Run, crop_kinds
 from variants import accuracies
@@ -50,11 +51,11 @@ def test_a_validation_is_told_as_the_runs_told_it(place):
     assert [row[1] for row in rows] == CHOSEN
     assert len(runs(place)) == 3
     kept = [accuracies(run) for run in runs(place)]
-    assert {row[-1] for row in rows} == {f"{a['test']:.3f}" for a in kept}
+    assert {row[-2] for row in rows} == {f"{a['test']:.3f}" for a in kept}
     results = json.loads((runs(place)[0] / "results.json").read_text())
     assert kept[0]["new"] == pytest.approx(results["valid"]["accuracy"])
     column = header.index("new sessions")
-    values, tests = np.array([[r[column], r[-1]] for r in rows], float).T
+    values, tests = np.array([[r[column], r[-2]] for r in rows], float).T
     _, _, *summary = table(place / "out=1" / "validation_summary.md")
     distance = {row[1]: float(row[3]) for row in summary}["new sessions"]
     assert distance == pytest.approx(np.abs(values - tests).mean(), abs=2e-3)
@@ -77,7 +78,7 @@ def test_whole_and_masked_are_what_the_run_was_told(place):
     with np.load(run / "evaluation.npz") as told:
         part, right = told["part"], told["target"] == told["guess"]
         expected = {
-            study.PARTS[name]: f"{right[part == name].mean():.3f}"
+            variants.PARTS[name]: f"{right[part == name].mean():.3f}"
             for name in np.unique(part)
         }
     _, _, *rows = table(place / "crops" / "crops.md")

@@ -132,26 +132,32 @@ def validation_table(args) -> None:
     for (data, variant, split), seeds in by_variant(runs).items():
         means = {part: _mean(seeds, part) for part in PARTS}
         rows.append([data, variant, split, *means.values()])
-        test = means.pop("test")
+        test = means.pop("test"), means.pop("by speaker")
         for part, value in means.items():
             if value is not None:
                 kind = split, PARTS[part]
                 points.setdefault(kind, {}).setdefault(data, [])
-                points[kind][data].append((value, test))
+                points[kind][data].append((value, *test))
     header = ["data", "variant", "split", *PARTS.values()]
     write_table(args.folder / "validation.md", header, rows)
     summary = []
     for kind, of_data in points.items():
         own = []
         for data, pairs in of_data.items():
-            value, test = np.array(pairs).T
+            value, test, by_speaker = np.array(pairs).T
             rank = spearmanr(value, test)[0] if len(pairs) > 2 else np.nan
-            own.append([np.abs(value - test).mean(), rank])
+            own.append(
+                [
+                    np.abs(value - test).mean(),
+                    np.abs(value - by_speaker).mean(),
+                    rank,
+                ]
+            )
             summary.append([*kind, data, *own[-1]])
         if len(own) > 1:
             summary.append([*kind, "mean", *np.mean(own, axis=0)])
     header = ["split", "validated on", "data", "mean distance to the test"]
-    header += ["rank correlation with the test"]
+    header += ["to the test by speaker", "rank correlation with the test"]
     write_table(args.folder / "validation_summary.md", header, summary)
     scatter(args.folder / "validation.png", points)
 
@@ -198,7 +204,7 @@ def scatter(path: Path, points: dict[tuple, dict]) -> None:
         for (split, part), of_data in points.items():
             if data in of_data:
                 label = f"{split} split: {part}"
-                axes.scatter(*np.array(of_data[data]).T, label=label)
+                axes.scatter(*np.array(of_data[data]).T[:2], label=label)
         axes.set(xlim=(0, 1.02), ylim=(0, 1.02), title=data)
         axes.set(xlabel="accuracy in validation", ylabel="in the test")
         axes.grid(alpha=0.3)
