@@ -88,6 +88,16 @@ def padding_table(args) -> None:
 # --- runs that are trained --------------------------------------------------
 
 
+def chosen(args, variants: dict[str, dict]) -> dict[str, dict]:
+    """The variants that --variants names, or all."""
+    names = args.variants or list(variants)
+    if wrong := set(names) - set(variants):
+        raise UserError(
+            f"--variants {min(wrong)!r} is none of {', '.join(variants)}."
+        )
+    return {name: variants[name] for name in names}
+
+
 def by_variant(runs: dict[tuple, Path]) -> dict[tuple, list[dict]]:
     """Accuracies of each seed, by (data folder's name, variant, split)."""
     table = {}
@@ -103,6 +113,7 @@ def _mean(rows, name):
 
 def variants_table(args, name: str, variants: dict, x_label: str) -> None:
     """Trains variants; shows each part's accuracy, mean over the seeds."""
+    variants = chosen(args, variants)
     runs = train_runs(args, variants)
     columns = {"train": "training", **PARTS}
     rows, curves = [], {}
@@ -122,12 +133,7 @@ def variants_table(args, name: str, variants: dict, x_label: str) -> None:
 
 def validation_table(args) -> None:
     """Does a validation predict the test, in value and in rank?"""
-    chosen = args.variants or list(VARIANTS)
-    if wrong := set(chosen) - set(VARIANTS):
-        raise UserError(
-            f"--variants {min(wrong)!r} is none of {', '.join(VARIANTS)}."
-        )
-    runs = train_runs(args, {name: VARIANTS[name] for name in chosen})
+    runs = train_runs(args, chosen(args, VARIANTS))
     rows, points = [], {}
     for (data, variant, split), seeds in by_variant(runs).items():
         means = {part: _mean(seeds, part) for part in PARTS}
