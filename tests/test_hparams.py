@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import prepare
-from spkid.errors import UserError
+from spkid.errors import UserError, run_command
 from spkid.hparams import (
     check_values,
     load_hparams,
@@ -133,6 +133,15 @@ def test_a_key_without_a_value_is_no_default(tmp_path):
         with pytest.raises(UserError, match="--data_folder has no value"):
             plain_values(path, overrides)
     assert plain_values(path, "data_folder: null")["data_folder"] is None
+
+
+def test_a_folder_that_is_forbidden_costs_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda _: (tmp_path / "file" / "out").mkdir())
+    said = str(ended.value.code)
+    assert said.startswith(f"Error: {tmp_path / 'file' / 'out'}: Not a dir")
+    assert "name another folder" in said
 
 
 @pytest.mark.parametrize("joint", ["=", " "])

@@ -444,8 +444,8 @@ class ConvolutionModule(nn.Module):
         # already has: on CPU 7 times faster than Conv1d, which reorders it.
         x = x.transpose(1, 2).unsqueeze(2)
         if x.is_cpu and torch.is_autocast_enabled("cpu"):
-            # As fast in float32, and oneDNN's bfloat16 kernel has been seen
-            # not to return, once in thousands of batches.
+            # As fast in float32, and what generates oneDNN's bfloat16 kernel
+            # has been seen to loop for ever.
             with torch.autocast("cpu", enabled=False):
                 x = self.depthwise(x.float())
         else:

@@ -30,8 +30,6 @@ _PlainLoader.add_implicit_resolver(
     list("-+.0123456789"),
 )
 KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
-
-
 EQUALS = "\ue000"  # no character of any script
 
 
@@ -117,16 +115,13 @@ def all_values(path: str | Path, overrides: str = "") -> dict:
     plain = plain_values(path, overrides)
     text = Path(path).read_text(encoding="utf-8")
     root = yaml.compose(resolve_references(text, overrides), _PlainLoader)
-    objects = {
-        key.value: yaml.serialize(value)
-        for key, value in root.value
-        if "!" in value.tag
-    }
-    digests = {
-        key: f"yaml {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
-        for key, text in objects.items()
-    }
-    plain = {key: value for key, value in plain.items() if key not in objects}
+    digests = {}
+    for key, value in root.value:
+        if "!" in value.tag:
+            content = yaml.serialize(value).encode()
+            digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+            digests[key.value] = f"yaml {digest}"
+    plain = {key: value for key, value in plain.items() if key not in digests}
     return plain | digests
 
 
@@ -250,6 +245,11 @@ def check_device(name: str) -> None:
     ---------
     name : str
         As PyTorch names it.
+
+    Raises
+    ------
+    UserError
+        If not one number can be put there.
 
     Example
     -------

@@ -52,12 +52,25 @@ VARIANTS = {
 
 
 def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
-    """Trains each variant on each data folder with each seed.
+    """Trains each variant on each data folder with each split and seed; those
+    that are finished stay as they are.
+
+    Arguments
+    ---------
+    args : argparse.Namespace
+        That of study.py.
+    variants : dict
+        Name to what it changes: keys of the YAML file, and ``text``.
 
     Returns
     -------
     dict
         (data folder's name, variant, split, seed) to the output folder.
+
+    Raises
+    ------
+    UserError
+        If a run fails, or one of other data is in its place.
     """
     _check(args)
     runs, jobs = {}, []
