@@ -1,6 +1,7 @@
 """The studies' tables hold what the runs hold."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ from corpus import make_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
+import found_sessions
 import study
 import variants
 from spkid.errors import UserError
+from spkid.sessions import Sessions
 from trained_run import Run, crop_kinds
 from variants import accuracies
 
@@ -118,6 +121,38 @@ def test_crops_lie_in_the_utterance(length, size):
         assert len(covered) == (length if kind == "windows" else count)
 
 
+def sessions(place, data):
+    """The table of one data folder: two draws."""
+    options = ("--pack_folder", str(place / "packs"), "--seeds", "2")
+    where = ("--folder", str(place / "sessions"))
+    study.main(["sessions", "--data_folder", str(data), *options, *where])
+    header, _, row = table(place / "sessions" / "sessions.md")
+    return dict(zip(header[1:], map(float, row[1:]), strict=True))
+
+
+def test_sessions_are_scored_against_those_written_down(place, monkeypatch):
+    data = make_corpus(place / "pairs")  # two utterances make a session
+
+    def prints(_pack, paths):  # what is heard: the place in the list
+        places = [int(Path(path).stem.rpartition("-")[2]) for path in paths]
+        return np.array(places)[:, None]
+
+    def scores(size):
+        def infer(prints, speaker):
+            return Sessions(prints[:, 0] // size, speaker)
+
+        monkeypatch.setattr(found_sessions, "infer_sessions", infer)
+        return sessions(place, data)
+
+    monkeypatch.setattr(found_sessions, "pack_fingerprints", prints)
+    exact, single, coarse = scores(2), scores(1), scores(4)
+    for order in ("in order", "shuffled"):
+        index, shared = f"ARI, {order}", f"shared, {order}"
+        assert (exact[index], exact[shared]) == (1, 0)
+        assert (single[index], single[shared]) == (0, 1)
+        assert 0.3 < coarse[index] < 0.7 and coarse[shared] == 0
+
+
 def test_mistakes_cost_one_sentence(place, tmp_path):
     with pytest.raises(UserError, match="--variants 'wide' is none of"):
         validation(place, place / "data", "--variants", "wide")
@@ -130,6 +165,9 @@ def test_mistakes_cost_one_sentence(place, tmp_path):
     other = make_corpus(tmp_path / "data")
     with pytest.raises(UserError, match=r"is a run on .*, not on"):
         validation(place, other)
+    (other / "sessions.json").unlink()
+    with pytest.raises(UserError, match=r"sessions\.json: is missing"):
+        sessions(tmp_path, other)
     (other / "testlabels.json").unlink()
     with pytest.raises(UserError, match=r"testlabels\.json: is missing"):
         validation(place, other)

@@ -7,9 +7,11 @@ Usage:
   python study.py segments --data_folder DIR [DIR ...]     by training crop
   python study.py validation --data_folder DIR [DIR ...]   which validation
                                                            predicts the test
-RUN is the output folder of a finished run. The last three train small
-Conformers, three seeds of each; runs that are finished are not repeated.
-Each writes a table and a plot to --folder (results/study).
+  python study.py sessions --data_folder DIR [DIR ...]     are they found?
+RUN is the output folder of a finished run. Widths, segments and validation
+train small Conformers, three seeds of each; runs that are finished are not
+repeated. Sessions compares inferred ones to those that DIR has written down.
+Each writes a table, and a plot of accuracies, to --folder (results/study).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
+from found_sessions import session_scores
 from spkid.checkpoints import save_atomically
 from spkid.errors import UserError, run_command
 from trained_run import Run, crop_kinds, train_accuracy
@@ -83,6 +86,17 @@ def padding_table(args) -> None:
     write_table(args.folder / "padding.md", ["padding", *parts], rows)
     curves = {part: [means[name][part] for name in means] for part in parts}
     plot(args.folder / "padding.png", list(means), curves, "")
+
+
+def sessions_table(args) -> None:
+    """Inferred sessions against true ones; no run is needed."""
+    rows = {
+        folder.name: session_scores(folder, args.pack_folder, args.seeds)
+        for folder in tqdm(args.data_folder, desc="Sessions")
+    }
+    header = ["data", *next(iter(rows.values()))]
+    table = [[data, *scores.values()] for data, scores in rows.items()]
+    write_table(args.folder / "sessions.md", header, table)
 
 
 # --- runs that are trained --------------------------------------------------
@@ -224,7 +238,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    names = ("crops", "padding", "widths", "segments", "validation")
+    names = ("crops", "padding", "sessions")
+    names += ("widths", "segments", "validation")
     parser.add_argument("study", choices=names)
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--data_folder", nargs="+", type=Path, default=[])
@@ -244,11 +259,16 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{args.study}: name the output folder of a run.")
     if not trained and not args.data_folder:
         raise UserError(f"{args.study}: give --data_folder.")
+    for key in ("seeds", "jobs", "epochs"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key} must be at least 1.")
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.study == "crops":
         crops_table(args)
     elif args.study == "padding":
         padding_table(args)
+    elif args.study == "sessions":
+        sessions_table(args)
     elif args.study == "widths":
         variants_table(args, "widths", WIDTHS, "d_model")
     elif args.study == "segments":

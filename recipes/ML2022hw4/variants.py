@@ -122,9 +122,6 @@ def _check(args):
                 f"{data / 'testlabels.json'}: is missing; validations can't be "
                 "compared to a test whose speakers nobody knows."
             )
-    for key in ("seeds", "jobs", "epochs"):
-        if getattr(args, key) < 1:
-            raise UserError(f"--{key} must be at least 1.")
 
 
 def _beside(run, suffix):
