@@ -70,6 +70,8 @@ def make_run(
         "skipped_steps": 0,
         "seconds": 5025.3,
     }
+    if "test" in scores:
+        results["expected"] = {"accuracy": 0.7, "low": 0.0, "high": 0.85}
     if "known" in scores:
         results["known"] = scores["known"]
         results["gap"] = (

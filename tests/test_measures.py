@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from spkid.measures import (
     confused_pairs,
+    expected_accuracy,
     quantile_edges,
     reliability,
     wilson_interval,
@@ -98,3 +99,94 @@ def test_confused_pairs_are_counted():
     ]
     assert len(confused_pairs(target, guess, limit=3)) == 3
     assert confused_pairs(target, target) == []
+
+
+def expect(confidence, right, new_confidence, speaker=None, n_draws=1):
+    confidence = np.asarray(confidence)
+    own = np.arange(len(confidence)) if speaker is None else speaker
+    new = np.asarray(new_confidence)
+    return expected_accuracy(
+        confidence, right, own, new, np.arange(len(new)), n_draws
+    )
+
+
+confidences = st.lists(st.floats(0, 1), min_size=1, max_size=30, unique=True)
+
+
+@given(confidences, confidences, st.randoms())
+def test_as_many_are_expected_right_as_are_surer(old, new, random):
+    """By its definition: between which two confidences is the threshold?"""
+    right = [random.random() < 0.6 for _ in old]
+    surest = [*sorted(old, reverse=True), -math.inf]
+    above = [math.inf, *surest]
+    least_right, most_wrong = above[sum(right)], surest[sum(right)]
+    found = expect(old, right, new).accuracy * len(new)
+    lowest = sum(value >= least_right for value in new)
+    highest = sum(value > most_wrong for value in new)
+    assert lowest - 1e-9 <= found <= highest + 1e-9
+    assert expect(old, right, old).accuracy == pytest.approx(np.mean(right))
+
+
+@given(confidences, st.randoms(), st.integers(2, 5))
+def test_each_validated_speaker_weighs_the_same(old, random, times):
+    right = [random.random() < 0.6 for _ in old]
+    rows = [0] * (times - 1) + list(range(len(old)))  # the first one's, often
+    new = np.linspace(0, 1, 50)
+    often = expect(np.array(old)[rows], np.array(right)[rows], new, rows)
+    # Of equal confidences, all are on one side of the threshold.
+    assert often.accuracy == pytest.approx(expect(old, right, new).accuracy)
+
+
+def test_unsure_guesses_of_new_recordings_lower_the_expectation():
+    generator = np.random.default_rng(0)
+    confidence = generator.uniform(size=500)
+    right = confidence > 0.3  # so confidence tells all
+    new = confidence**2
+    expected = expect(confidence, right, new)
+    assert expected.accuracy == pytest.approx(np.mean(new > 0.3), abs=0.01)
+    assert expected.accuracy < right.mean() - 0.1
+    surer = np.mean(new >= confidence.min())  # of what else is nothing known
+    assert expect(confidence, right | True, new).accuracy == surer < 1
+    assert expect(confidence, right & False, new).accuracy == 0
+    assert expect([0.5, 0.6], [1, 1], [0.5, np.nan]).accuracy == 0.5
+
+
+def simulated(generator, n_speakers, n=20):
+    """Speakers of different difficulty; right guesses are surer ones."""
+    speaker = np.repeat(np.arange(n_speakers), n)
+    easy = generator.beta(1.5, 0.5, n_speakers)[speaker]
+    right = generator.uniform(size=len(speaker)) < easy
+    guess = np.where(right, speaker, (speaker + 1) % n_speakers)
+    return right + generator.normal(0, 0.7, len(speaker)), right, speaker, guess
+
+
+def test_the_interval_holds_the_truth_nearly_as_often_as_it_says():
+    """As one over utterances, which are alike within a speaker, doesn't."""
+    generator = np.random.default_rng(0)
+    inside = []
+    for _ in range(60):
+        confidence, right, speaker, _ = simulated(generator, 40)
+        new_confidence, truth, _, guess = simulated(generator, 40)
+        by_utterance = np.arange(len(speaker))
+        for old, new in ((speaker, guess), (by_utterance, by_utterance)):
+            told = expected_accuracy(
+                confidence, right, old, new_confidence, new, 400
+            )
+            inside.append(told.low <= truth.mean() <= told.high)
+    by_speaker, by_utterance = np.reshape(inside, (-1, 2)).mean(axis=0)
+    assert 0.89 <= by_speaker <= 0.99  # 0.935 of 400 cases with 1,000 draws
+    assert by_utterance < by_speaker - 0.1
+
+
+def test_the_interval_narrows_with_more_speakers():
+    generator = np.random.default_rng(0)
+
+    def width(n_speakers):
+        confidence, right, speaker, guess = simulated(generator, n_speakers)
+        told = expected_accuracy(confidence, right, speaker, confidence, guess)
+        assert told.low <= told.accuracy <= told.high
+        return told.high - told.low
+
+    assert width(400) < width(100) / 1.5 < width(25) / 1.5**2
+    one = expect([0.1, 0.9], [0, 1], [0.5], speaker=[0, 0], n_draws=5)
+    assert one.low == one.accuracy == one.high

@@ -129,6 +129,10 @@ def test_a_run_learns_and_says_where_its_results_are(data, finished):
     assert results["speakers"] == 4
     assert results["epochs"] == 4
     assert results["seconds"] > 0
+    expected = results["expected"]
+    assert 0 < expected["low"] <= expected["accuracy"] <= expected["high"]
+    said = f"{expected['accuracy']:.4f} ({expected['low']:.4f} to "
+    assert f"by how sure the model is there: {said}" in done.stdout
     parameters = sum(
         t.numel()
         for name, t in weights(output).items()
@@ -161,6 +165,8 @@ def test_predict_writes_the_same_submission(data, finished, tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(target) in done.stdout
     assert target.read_text() == (output / "submission.csv").read_text()
+    expected = re.search(r"Expected in the test, .*", done.stdout)[0]
+    assert expected in finished[1].stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again.csv"]
     done = run([*predict[:2], str(tmp_path)])
     assert done.returncode == 1

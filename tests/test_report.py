@@ -121,7 +121,9 @@ def test_all_sections_are_there_and_the_same_run_gives_the_same_bytes(run):
 
 def test_headline_says_the_figures_of_results(run):
     results = json.loads((run / "results.json").read_text())
-    shown = re.findall(r"<div>([^<]*)<b>([^<]*)</b>", write(run))
+    page = write(run).replace("\N{NO-BREAK SPACE}", " ")
+    shown = re.findall(r"<div>([^<]*)<b>([^<]*)</b>", page)
+    expected = {k: f"{100 * v:.1f} %" for k, v in results["expected"].items()}
     assert shown == [
         (
             "Accuracy, new sessions",
@@ -132,11 +134,13 @@ def test_headline_says_the_figures_of_results(run):
             f"{100 * results['known']['accuracy']:.1f} %",
         ),
         ("Gap, in points", f"{100 * results['gap']:+.1f}"),
+        ("Accuracy, expected in the test", expected["accuracy"]),
         (
             "Accuracy, test utterances",
             f"{100 * results['test']['accuracy']:.1f} %",
         ),
     ]
+    assert f"between {expected['low']} and {expected['high']};" in page
 
 
 def test_sessions_and_epochs_are_told(run):

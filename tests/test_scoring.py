@@ -4,7 +4,15 @@ import numpy as np
 import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss
 
-from spkid.scoring import Score, score_batch, summarize, summarize_parts
+from spkid.scoring import (
+    Score,
+    expect,
+    load_evaluation,
+    save_evaluation,
+    score_batch,
+    summarize,
+    summarize_parts,
+)
 
 
 def make_scores(count=60, classes=5, seed=0):
@@ -56,3 +64,33 @@ def test_unknown_speakers_count_for_nothing():
     nothing = {"accuracy": None, "loss": None}
     assert summarize({"x": Score(0, -1, 0.0)}, True) == nothing
     assert summarize_parts({}, {}) == nothing
+
+
+def test_only_new_sessions_tell_what_to_expect():
+    scores, _, _ = make_scores()
+    tested = make_scores(seed=1)[0]
+    half = list(scores)[::2]
+    parts = {key: "new" if key in half else "known" for key in scores}
+    told = expect(scores, parts, tested)
+    assert told == expect({key: scores[key] for key in half}, {}, tested)
+    assert told != expect(scores, {}, tested)
+    unlabelled = {k: s._replace(target=-1) for k, s in tested.items()}
+    assert told == expect(scores, parts, unlabelled)
+    assert expect({}, {}, tested) is expect(scores, parts, {}) is None
+    assert expect(scores, dict.fromkeys(scores, "known"), tested) is None
+
+
+def test_an_evaluation_is_read_as_it_was_written(tmp_path):
+    scores, _, _ = make_scores()
+    scores = {
+        key: s._replace(embedding=np.ones(2)) for key, s in scores.items()
+    }
+    parts = dict(zip(scores, ["new", "known", "test"] * 20, strict=True))
+    frames = dict.fromkeys(scores, 300)
+    save_evaluation(tmp_path / "evaluation.npz", scores, parts, frames)
+    read, read_parts = load_evaluation(tmp_path / "evaluation.npz")
+    assert read_parts == parts
+    assert list(read) == list(scores)
+    for one, other in zip(read.values(), scores.values(), strict=True):
+        assert one[:2] == other[:2]
+        np.testing.assert_allclose(one[2:4], other[2:4], rtol=1e-6)

@@ -1,4 +1,5 @@
-"""What a list of guesses says: intervals, lengths, confusions, calibration."""
+"""What a list of guesses says: intervals, lengths, confusions, calibration,
+and what to expect of guesses that nobody can check."""
 
 from __future__ import annotations
 
@@ -152,3 +153,91 @@ def confused_pairs(
     rows = [Confusion(t, g, n, n / totals[t]) for (t, g), n in wrong.items()]
     rows.sort(key=lambda row: (-row.count, -row.share, row.target, row.guess))
     return rows[:limit]
+
+
+class Expectation(NamedTuple):
+    """The accuracy to expect of guesses whose truth is unknown."""
+
+    accuracy: float
+    low: float  # 95 % interval
+    high: float
+
+
+def expected_accuracy(
+    confidence: np.ndarray,
+    right: np.ndarray,
+    speaker: np.ndarray,
+    new_confidence: np.ndarray,
+    new_guess: np.ndarray,
+    n_draws: int = 1000,
+) -> Expectation:
+    """What accuracy to expect of new utterances, from the validated ones.
+
+    A threshold is put where as many of the validated utterances are surer as
+    are right; of the new ones, as many should be right as are surer than that
+    (Garg et al., "Leveraging Unlabeled Data to Predict Out-of-Distribution
+    Performance", 2022). So recordings that differ more from the training than
+    the validated ones do lower the expectation, as far as the model notices.
+    Each speaker weighs the same in validation. The interval is a bootstrap
+    over the validated speakers and over those guessed: it knows of chance, not
+    of what no validated session is like.
+
+    Arguments
+    ---------
+    confidence : np.ndarray [n]
+        Of validated guesses, such as their posteriors; at least one.
+    right : np.ndarray [n]
+        Whether the guess was right.
+    speaker : np.ndarray [n]
+        Who spoke, by class index.
+    new_confidence : np.ndarray [m]
+        Of the new guesses; at least one.
+    new_guess : np.ndarray [m]
+        The new guesses, by class index.
+    n_draws : int
+        Draws of the bootstrap; always the same ones.
+
+    Returns
+    -------
+    Expectation
+
+    Example
+    -------
+    >>> sure, right = np.array([0.2, 0.4, 0.6, 0.8]), np.array([0, 0, 1, 1])
+    >>> new = np.array([0.1, 0.3, 0.45, 0.9])
+    >>> expected_accuracy(sure, right, np.arange(4), new, np.arange(4)).accuracy
+    0.25
+    """
+    order = np.argsort(confidence, kind="stable")
+    right = np.asarray(right, dtype=float)[order]
+    speaker, counts = np.unique(
+        np.asarray(speaker)[order], return_inverse=True, return_counts=True
+    )[1:]
+    guess, new_counts = np.unique(
+        new_guess, return_inverse=True, return_counts=True
+    )[1:]
+    ends = np.asarray(confidence)[order]
+    # Between two, above all, but never below all: what is less sure than any
+    # that was right may be wrong.
+    ends = np.concatenate((ends[:1], ends, [np.inf]))
+    thresholds = (ends[:-1] + ends[1:]) / 2  # above 0, 1, ... n utterances
+
+    def expect(times, new_times):
+        """If each speaker, and each guess, is drawn so many times."""
+        weight = (times / counts)[speaker]
+        below = np.concatenate(([0.0], np.cumsum(weight)))
+        wrong = weight @ (1 - right)
+        threshold = thresholds[np.abs(below - wrong).argmin()]
+        surer = np.asarray(new_confidence) >= threshold
+        return np.average(surer, weights=new_times[guess])
+
+    def draw(count):
+        return generator.multinomial(count, np.full(count, 1 / count))
+
+    generator = np.random.default_rng(0)
+    accuracy = expect(np.ones(len(counts)), np.ones(len(new_counts)))
+    drawn = [
+        expect(draw(len(counts)), draw(len(new_counts))) for _ in range(n_draws)
+    ]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Expectation(float(accuracy), float(low), float(high))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from spkid.checkpoints import save_atomically
+from spkid.measures import Expectation, expected_accuracy
 
 
 class Score(NamedTuple):
@@ -171,6 +172,45 @@ def summarize_parts(
     return result
 
 
+def expect(
+    validated: dict[str, Score], parts: dict[str, str], tested: dict[str, Score]
+) -> Expectation | None:
+    """What accuracy to expect in a test, from how sure the model is there.
+
+    Arguments
+    ---------
+    validated : dict
+        Scores of the validation by utterance id.
+    parts : dict
+        What each utterance is; those of "known" sessions don't count.
+    tested : dict
+        Scores of the test; no target is looked at.
+
+    Returns
+    -------
+    Expectation
+        See :func:`spkid.measures.expected_accuracy`; None where nothing was
+        validated or tested.
+
+    Example
+    -------
+    >>> sure, unsure = Score(0, 0, 0.1, 0.9), Score(0, 1, 2.3, 0.6)
+    >>> tested = {"c": Score(1, -1, 0.0, 0.95), "d": Score(0, -1, 0.0, 0.5)}
+    >>> expect({"a": sure, "b": unsure}, {}, tested).accuracy
+    0.5
+    """
+    new = [s for key, s in validated.items() if parts.get(key) != "known"]
+    if not new or not tested:
+        return None
+    return expected_accuracy(
+        np.array([score.confidence for score in new]),
+        np.array([score.guess == score.target for score in new]),
+        np.array([score.target for score in new]),
+        np.array([score.confidence for score in tested.values()]),
+        np.array([score.guess for score in tested.values()]),
+    )
+
+
 def save_evaluation(
     path: str | Path,
     scores: dict[str, Score],
@@ -205,3 +245,29 @@ def save_evaluation(
         embedding=np.array([score.embedding for score in values]),
     )
     save_atomically(content.getvalue(), Path(path))
+
+
+def load_evaluation(
+    path: str | Path,
+) -> tuple[dict[str, Score], dict[str, str]]:
+    """What :func:`save_evaluation` wrote, without the embeddings.
+
+    Arguments
+    ---------
+    path : str or pathlib.Path
+        The .npz file.
+
+    Returns
+    -------
+    tuple of dict
+        Scores by utterance id, and what each was evaluated as.
+    """
+    with np.load(path, allow_pickle=False) as arrays:
+        ids, parts, *columns = (
+            arrays[key].tolist()
+            for key in ("id", "part", "guess", "target", "loss", "confidence")
+        )
+    scores = map(Score, *columns)
+    return dict(zip(ids, scores, strict=True)), dict(
+        zip(ids, parts, strict=True)
+    )

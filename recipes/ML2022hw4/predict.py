@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 import prepare
-from results import WEIGHTS, write_submission
+from results import WEIGHTS, told, write_submission
 from speaker_brain import SpeakerBrain
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import UserError, run_command
 from spkid.hparams import check_device, load_hparams
-from spkid.scoring import summarize
+from spkid.scoring import expect, load_evaluation, summarize
 from validate import manifest, read_corpus
 
 # The run's loggers and checkpoints are not touched.
@@ -120,7 +120,15 @@ def main(arguments: list[str]) -> None:
     write_submission(corpus, brain.scores, target)
     accuracy = summarize(brain.scores)["accuracy"]
     known = "unknown" if accuracy is None else f"{accuracy:.4f}"
-    print(f"Test accuracy {known}\n{target}: {len(corpus.test_paths)} rows")
+    expected, told_of = None, args.output_folder / "evaluation.npz"
+    if told_of.exists():
+        scores, parts = load_evaluation(told_of)
+        scores = {key: s for key, s in scores.items() if parts[key] != "test"}
+        expected = expect(scores, parts, brain.scores)
+    print(
+        f"Test accuracy {known}\n{told(expected)}"
+        f"{target}: {len(corpus.test_paths)} rows"
+    )
 
 
 if __name__ == "__main__":

@@ -40,6 +40,9 @@ MEANING = {
     "mean over speakers. A flattering number, since room and microphone help.",
     "gap": "Known minus new, over the speakers who have both: how much of the "
     "flattering number is room and microphone rather than voice.",
+    "expected": "From how sure the model is of the test utterances, beside the "
+    "validated ones. Chance leaves it between {low} and {high}; "
+    "recordings that are like none of the validated ones can do worse.",
     "test": "The test utterances, whose speakers the data folder names.",
 }
 
@@ -52,16 +55,22 @@ def first_part(results: dict) -> str:
 def headline(results: dict) -> str:
     """The accuracies and the gap, and what each of them means."""
     first = first_part(results)
+    names = {part: f"Accuracy, {name}" for part, (name, *_) in PARTS.items()}
+    names |= {"gap": "Gap, in points"}
+    names |= {"expected": "Accuracy, expected in the test"}
     tiles = []
-    for part in (first, "known", "gap", "test"):
+    for part in (first, "known", "gap", "expected", "test"):
         value = results.get("valid" if part == first else part)
-        name, shown = "Gap, in points", "{:+.1f}"
-        if part != "gap":
-            name, shown = f"Accuracy, {PARTS[part][0]}", "{:.1f} %"
-            value = (value or {}).get("accuracy")
-        if value is not None:
-            shown = shown.format(100 * value)
-            tiles.append(f"<div>{name}<b>{shown}</b>{MEANING[part]}</div>")
+        figures = {"accuracy": value} if part == "gap" else value or {}
+        value = figures.get("accuracy")
+        if value is None:
+            continue
+        shown = f"{100 * value:+.1f}" if part == "gap" else percent(value)
+        meaning = MEANING[part]
+        if part == "expected":
+            ends = {end: percent(figures[end]) for end in ("low", "high")}
+            meaning = meaning.format(**ends)
+        tiles.append(f"<div>{names[part]}<b>{shown}</b>{meaning}</div>")
     return f'<div class="grid tiles">{"".join(tiles)}</div>'
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from spkid.checkpoints import save_atomically
-from spkid.scoring import Score, save_evaluation
+from spkid.measures import Expectation
+from spkid.scoring import Score, expect, save_evaluation
 from validate import Corpus
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,27 @@ def by_part(result: dict[str, float | None]) -> dict:
         }
         nested["gap"] = result["gap"]
     return nested
+
+
+def told(expected: Expectation | None) -> str:
+    """A line that says what to expect of a test; empty if nothing is.
+
+    Arguments
+    ---------
+    expected : Expectation
+        May be None.
+
+    Returns
+    -------
+    str
+    """
+    if expected is None:
+        return ""
+    accuracy, low, high = expected
+    return (
+        f"Expected in the test, by how sure the model is there: {accuracy:.4f} "
+        f"({low:.4f} to {high:.4f})\n"
+    )
 
 
 def write_submission(
@@ -116,6 +138,9 @@ def write_results(
         torch.save(modules[name].state_dict(), weights)
         save_atomically(weights.getvalue(), output / "model" / f"{name}.ckpt")
     scores, parts = validated
+    expected = expect(scores, parts, tested)
+    if expected:
+        results["expected"] = expected._asdict()
     utterances = corpus.labelled + corpus.test
     save_evaluation(
         output / "evaluation.npz",
@@ -147,6 +172,7 @@ def write_results(
     ]
     print(
         f"Accuracy {', '.join(figures)}\n"
+        f"{told(expected)}"
         f"{page}: the run on one page\n"
         f"{output / 'results.json'}: these figures\n"
         f"{output / 'submission.csv'}: a row for each test utterance\n"

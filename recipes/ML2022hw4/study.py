@@ -247,6 +247,7 @@ def main(arguments: list[str]) -> None:
     place = Path(__file__).resolve().parents[2] / "results" / "study"
     parser.add_argument("--folder", type=Path, default=place)
     parser.add_argument("--split", nargs="+", default=["session"])
+    parser.add_argument("--sessions", default="auto")
     parser.add_argument("--variants", nargs="+")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from spkid.checkpoints import save_atomically
 from spkid.errors import UserError
+from spkid.measures import expected_accuracy
 from validate import read_json
 
 HERE = Path(__file__).resolve().parent
@@ -22,6 +23,7 @@ PARTS = {
     "known": "known sessions",
     "new": "new sessions",
     "random": "random utterances",
+    "expected": "expected in the test",
     "test": "test",
     "by speaker": "test, by speaker",
 }
@@ -133,6 +135,8 @@ def _slug(args, changes):
     changes = {"number_of_epochs": args.epochs, **changes}
     if args.precision != "fp32":
         changes["precision"] = args.precision
+    if args.sessions != "auto":
+        changes["sessions"] = args.sessions
     own = {k: v for k, v in changes.items() if SMALL.get(k) != v}
     words = [*own.pop("text", {}).values()]
     words += [f"{key}={value}" for key, value in own.items()]
@@ -156,6 +160,7 @@ def _train(args, threads, data, changes, split, seed, output):
         "output_folder": output,
         "pack_folder": args.pack_folder,
         "split": split,
+        "sessions": args.sessions,
         "seed": seed,
         "precision": args.precision,
         **changes,
@@ -177,21 +182,31 @@ def accuracies(run: Path) -> dict[str, float]:
     """Accuracy on each part of a run, over the speakers whom both the held-out
     utterances and the test cover: of what is validated on, the mean over
     speakers, as in training; of the test as it is scored, over utterances,
-    and "by speaker", too."""
+    and "by speaker", too; and what was expected of those test utterances."""
+    keys = ("part", "target", "guess", "confidence")
     with np.load(run / "evaluation.npz") as evaluation:
-        part, target, guess = (
-            evaluation[key] for key in ("part", "target", "guess")
-        )
-    held_out = np.isin(part, ("new", "random"))
+        part, target, guess, confidence = (evaluation[key] for key in keys)
+    right, held_out = target == guess, np.isin(part, ("new", "random"))
     both = np.intersect1d(target[part == "test"], target[held_out])
+    covered = np.isin(target, both)
     result = {}
     for name in ("known", "new", "random", "test"):
-        chosen = np.isin(target, both) & (part == name)
+        chosen = covered & (part == name)
         if chosen.any():
-            right, who = (target == guess)[chosen], target[chosen]
+            who = target[chosen]
             result[name] = float(
-                np.mean([right[who == s].mean() for s in both if s in who])
+                np.mean(
+                    [right[chosen][who == s].mean() for s in both if s in who]
+                )
             )
     result["by speaker"] = result["test"]
-    result["test"] = float(right.mean())
+    held_out, test = covered & held_out, covered & (part == "test")
+    result["test"] = float(right[test].mean())
+    result["expected"] = expected_accuracy(
+        confidence[held_out],
+        right[held_out],
+        target[held_out],
+        confidence[test],
+        guess[test],
+    ).accuracy
     return result
