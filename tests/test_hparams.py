@@ -144,6 +144,21 @@ def test_a_folder_that_is_forbidden_costs_one_sentence(tmp_path):
     assert "name another folder" in said
 
 
+def test_a_folder_that_an_object_cannot_make_is_named(tmp_path):
+    path, folder = tmp_path / "a.yaml", tmp_path / "file" / "save"
+    path.write_text(
+        "checkpointer: !new:spkid.checkpoints.AtomicCheckpointer\n"
+        f"    checkpoints_dir: {folder}\n"
+    )
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="; name another one") as told:
+        load_hparams(path)
+    assert str(told.value).startswith(f"{folder}: Not a directory")
+    path.write_text("port: !apply:socket.create_connection [[localhost, 1]]")
+    with pytest.raises(UserError, match=r"a\.yaml: .*refused"):
+        load_hparams(path)
+
+
 @pytest.mark.parametrize("joint", ["=", " "])
 def test_a_value_may_hold_an_equals_sign(joint):
     arguments = f"e=1.yaml --output_folder{joint}lr=0.1/a --device{joint}cpu"

@@ -101,92 +101,109 @@ def test_confused_pairs_are_counted():
     assert confused_pairs(target, target) == []
 
 
-def expect(confidence, right, new_confidence, speaker=None, n_draws=1):
-    confidence = np.asarray(confidence)
-    own = np.arange(len(confidence)) if speaker is None else speaker
-    new = np.asarray(new_confidence)
-    return expected_accuracy(
-        confidence, right, own, new, np.arange(len(new)), n_draws
+def test_what_is_expected_by_hand():
+    """Speaker 0: right half of the time, 0.7 sure; speaker 1: right, 0.9 sure.
+    So 0.75 are right, 0.8 are claimed, and 0.65 are claimed of the new."""
+    told = expected_accuracy(
+        np.array([0.8, 0.6, 0.9]),
+        np.array([1, 0, 1]),
+        np.array([4, 4, 7]),
+        np.array([0.5, 0.8, 0.6, 0.7]),
+        np.array([4, 7, 4, 7]),
     )
+    assert told.accuracy == pytest.approx(0.75 - (0.8 - 0.65))
+    assert (told.low, told.high) == (0, 1)  # of two speakers
 
 
-confidences = st.lists(st.floats(0, 1), min_size=1, max_size=30, unique=True)
+def test_the_interval_is_student_s():
+    """One new speaker more, of the same mean: the prediction interval."""
+    surplus = np.array([-0.2, -0.1, 0.0, 0.1, -0.3, -0.1])
+    right = np.ones(6)
+    told = expected_accuracy(
+        right - surplus, right, np.arange(6), np.array([0.5, 0.7]), [3, 3]
+    )
+    half = 2.570581835636314 * surplus.std(ddof=1) * math.sqrt(1 / 6 + 1)
+    assert told.accuracy == pytest.approx(0.5)
+    assert told.low == pytest.approx(0.5 - half)
+    assert told.high == pytest.approx(0.5 + half)
+    # 4, 1 and 1 utterances say as much as 36 / 18 speakers of equally many.
+    guess = [0, 0, 0, 0, 1, 2]
+    told = expected_accuracy(
+        right - surplus, right, np.arange(6), np.full(6, 0.6), guess
+    )
+    half *= math.sqrt(1 / 6 + 1 / 2) / math.sqrt(1 / 6 + 1)
+    assert told.high == pytest.approx(0.5 + half)
 
 
-@given(confidences, confidences, st.randoms())
-def test_as_many_are_expected_right_as_are_surer(old, new, random):
-    """By its definition: between which two confidences is the threshold?"""
-    right = [random.random() < 0.6 for _ in old]
-    surest = [*sorted(old, reverse=True), -math.inf]
-    above = [math.inf, *surest]
-    least_right, most_wrong = above[sum(right)], surest[sum(right)]
-    found = expect(old, right, new).accuracy * len(new)
-    lowest = sum(value >= least_right for value in new)
-    highest = sum(value > most_wrong for value in new)
-    assert lowest - 1e-9 <= found <= highest + 1e-9
-    assert expect(old, right, old).accuracy == pytest.approx(np.mean(right))
+guesses = st.lists(
+    st.tuples(st.floats(0, 1), st.booleans(), st.integers(0, 5)),
+    min_size=1,
+    max_size=30,
+)
 
 
-@given(confidences, st.randoms(), st.integers(2, 5))
-def test_each_validated_speaker_weighs_the_same(old, random, times):
-    right = [random.random() < 0.6 for _ in old]
-    rows = [0] * (times - 1) + list(range(len(old)))  # the first one's, often
-    new = np.linspace(0, 1, 50)
-    often = expect(np.array(old)[rows], np.array(right)[rows], new, rows)
-    # Of equal confidences, all are on one side of the threshold.
-    assert often.accuracy == pytest.approx(expect(old, right, new).accuracy)
+@given(guesses, st.randoms())
+def test_the_validated_ones_are_expected_as_they_were(guesses, random):
+    """By speaker, in any order, however often an utterance is there."""
+    confidence, right, speaker = (
+        np.array(c) for c in zip(*guesses, strict=True)
+    )
+    count = np.bincount(speaker)[speaker]
+    rows = np.repeat(
+        np.arange(len(speaker)), math.lcm(*count.tolist()) // count
+    )
+    accuracies = [right[speaker == s].mean() for s in np.unique(speaker)]
+    drawn = random.sample(range(len(speaker)), len(speaker))
+    told = expected_accuracy(
+        confidence[drawn],
+        right[drawn],
+        speaker[drawn],
+        confidence[rows],  # so that each speaker has as many
+        speaker[rows],
+    )
+    assert told.accuracy == pytest.approx(np.mean(accuracies), abs=1e-9)
+    assert 0 <= told.low <= told.accuracy <= told.high <= 1
 
 
-def test_unsure_guesses_of_new_recordings_lower_the_expectation():
+def test_one_speaker_tells_nothing_of_others_and_nan_is_unsure():
+    one = expected_accuracy([0.4, 0.6], [0, 1], [3, 3], [0.5], [3])
+    assert one == (0.5, 0, 1)
+    sure, lost = [0.8, 0.9], [math.nan, math.nan]
+    told = expected_accuracy(sure, [1, 1], [0, 1], lost, [0, 1])
+    assert told.accuracy == pytest.approx(0.15)
+
+
+def test_calibrated_guesses_are_expected_right_wherever_they_are_tested():
     generator = np.random.default_rng(0)
-    confidence = generator.uniform(size=500)
-    right = confidence > 0.3  # so confidence tells all
-    new = confidence**2
-    expected = expect(confidence, right, new)
-    assert expected.accuracy == pytest.approx(np.mean(new > 0.3), abs=0.01)
-    assert expected.accuracy < right.mean() - 0.1
-    surer = np.mean(new >= confidence.min())  # of what else is nothing known
-    assert expect(confidence, right | True, new).accuracy == surer < 1
-    assert expect(confidence, right & False, new).accuracy == 0
-    assert expect([0.5, 0.6], [1, 1], [0.5, np.nan]).accuracy == 0.5
+    confidence = generator.uniform(size=100_000)
+    speaker = np.arange(100_000) % 500
+    right = generator.uniform(size=100_000) < confidence
+    for new in (confidence**2, confidence**0.5):
+        told = expected_accuracy(confidence, right, speaker, new, speaker)
+        assert told.accuracy == pytest.approx(new.mean(), abs=0.01)
 
 
-def simulated(generator, n_speakers, n=20):
-    """Speakers of different difficulty; right guesses are surer ones."""
-    speaker = np.repeat(np.arange(n_speakers), n)
-    easy = generator.beta(1.5, 0.5, n_speakers)[speaker]
-    right = generator.uniform(size=len(speaker)) < easy
-    guess = np.where(right, speaker, (speaker + 1) % n_speakers)
-    return right + generator.normal(0, 0.7, len(speaker)), right, speaker, guess
-
-
-def test_the_interval_holds_the_truth_nearly_as_often_as_it_says():
-    """As one over utterances, which are alike within a speaker, doesn't."""
+@pytest.mark.parametrize("others", [True, False])
+def test_the_interval_holds_the_truth_as_often_as_it_says(others):
+    """For other speakers; for the same ones, it is too wide."""
     generator = np.random.default_rng(0)
-    inside = []
-    for _ in range(60):
-        confidence, right, speaker, _ = simulated(generator, 40)
-        new_confidence, truth, _, guess = simulated(generator, 40)
-        by_utterance = np.arange(len(speaker))
-        for old, new in ((speaker, guess), (by_utterance, by_utterance)):
-            told = expected_accuracy(
-                confidence, right, old, new_confidence, new, 400
-            )
-            inside.append(told.low <= truth.mean() <= told.high)
-    by_speaker, by_utterance = np.reshape(inside, (-1, 2)).mean(axis=0)
-    assert 0.89 <= by_speaker <= 0.99  # 0.935 of 400 cases with 1,000 draws
-    assert by_utterance < by_speaker - 0.1
-
-
-def test_the_interval_narrows_with_more_speakers():
-    generator = np.random.default_rng(0)
-
-    def width(n_speakers):
-        confidence, right, speaker, guess = simulated(generator, n_speakers)
-        told = expected_accuracy(confidence, right, speaker, confidence, guess)
-        assert told.low <= told.accuracy <= told.high
-        return told.high - told.low
-
-    assert width(400) < width(100) / 1.5 < width(25) / 1.5**2
-    one = expect([0.1, 0.9], [0, 1], [0.5], speaker=[0, 0], n_draws=5)
-    assert one.low == one.accuracy == one.high
+    inside, speaker = [], np.repeat(np.arange(30), 20)
+    for _ in range(500):
+        skill = generator.normal(generator.uniform(0.5, 0.8), 0.07, (2, 30))
+        claim = generator.normal(0.7, 0.07, (2, 30))
+        then = int(others)
+        right = generator.uniform(size=600) < skill[0][speaker]
+        # Less sure by 0.2, and less often right by as much.
+        truth = generator.uniform(size=600) < skill[then][speaker] - 0.2
+        told = expected_accuracy(
+            claim[0][speaker],
+            right,
+            speaker,
+            claim[then][speaker] - 0.2,
+            speaker,
+        )
+        inside.append(told.low <= truth.mean() <= told.high)
+    if others:
+        assert 0.93 <= np.mean(inside) <= 0.97
+    else:
+        assert np.mean(inside) > 0.98

@@ -132,7 +132,7 @@ def test_a_run_learns_and_says_where_its_results_are(data, finished):
     expected = results["expected"]
     assert 0 < expected["low"] <= expected["accuracy"] <= expected["high"]
     said = f"{expected['accuracy']:.4f} ({expected['low']:.4f} to "
-    assert f"by how sure the model is there: {said}" in done.stdout
+    assert f"by how sure the model is of it: {said}" in done.stdout
     parameters = sum(
         t.numel()
         for name, t in weights(output).items()

@@ -134,13 +134,13 @@ def test_headline_says_the_figures_of_results(run):
             f"{100 * results['known']['accuracy']:.1f} %",
         ),
         ("Gap, in points", f"{100 * results['gap']:+.1f}"),
-        ("Accuracy, expected in the test", expected["accuracy"]),
+        ("Expected in the test", expected["accuracy"]),
         (
             "Accuracy, test utterances",
             f"{100 * results['test']['accuracy']:.1f} %",
         ),
     ]
-    assert f"between {expected['low']} and {expected['high']};" in page
+    assert f"between {expected['low']} and {expected['high']}." in page
 
 
 def test_sessions_and_epochs_are_told(run):

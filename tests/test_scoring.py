@@ -1,9 +1,12 @@
 """From scores to figures, against scikit-learn."""
 
 import numpy as np
+import pytest
 import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss
 
+from spkid.errors import UserError
+from spkid.measures import expected_accuracy
 from spkid.scoring import (
     Score,
     expect,
@@ -72,12 +75,20 @@ def test_only_new_sessions_tell_what_to_expect():
     half = list(scores)[::2]
     parts = {key: "new" if key in half else "known" for key in scores}
     told = expect(scores, parts, tested)
-    assert told == expect({key: scores[key] for key in half}, {}, tested)
-    assert told != expect(scores, {}, tested)
+    rows = np.array([scores[key][:2] for key in half])
+    assert told == expected_accuracy(
+        np.array([scores[key].confidence for key in half]),
+        rows[:, 0] == rows[:, 1],
+        rows[:, 1],
+        np.array([score.confidence for score in tested.values()]),
+        np.array([score.guess for score in tested.values()]),
+    )
     unlabelled = {k: s._replace(target=-1) for k, s in tested.items()}
     assert told == expect(scores, parts, unlabelled)
     assert expect({}, {}, tested) is expect(scores, parts, {}) is None
-    assert expect(scores, dict.fromkeys(scores, "known"), tested) is None
+    for flattering in ("known", "random"):
+        parts = dict.fromkeys(scores, flattering)
+        assert expect(scores, parts, tested) is None
 
 
 def test_an_evaluation_is_read_as_it_was_written(tmp_path):
@@ -94,3 +105,13 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path):
     for one, other in zip(read.values(), scores.values(), strict=True):
         assert one[:2] == other[:2]
         np.testing.assert_allclose(one[2:4], other[2:4], rtol=1e-6)
+
+
+def test_a_damaged_evaluation_costs_one_sentence(tmp_path):
+    path = tmp_path / "evaluation.npz"
+    np.savez(path, id=np.array(["a"]), part=np.array(["new"]))
+    whole = path.read_bytes()
+    for content in (b"", b"text", whole[: len(whole) // 2], whole):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"evaluation\.npz: could not be"):
+            load_evaluation(path)

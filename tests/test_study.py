@@ -57,12 +57,24 @@ def test_a_validation_is_told_as_the_runs_told_it(place):
     assert {row[-2] for row in rows} == {f"{a['test']:.3f}" for a in kept}
     results = json.loads((runs(place)[0] / "results.json").read_text())
     assert kept[0]["new"] == pytest.approx(results["valid"]["accuracy"])
+    # All speakers are covered.
+    assert kept[0]["expected"] == results["expected"]["accuracy"]
     column = header.index("new sessions")
     values, tests = np.array([[r[column], r[-2]] for r in rows], float).T
     _, _, *summary = table(place / "out=1" / "validation_summary.md")
     distance = {row[1]: float(row[3]) for row in summary}["new sessions"]
     assert distance == pytest.approx(np.abs(values - tests).mean(), abs=2e-3)
     assert (place / "out=1" / "validation.png").stat().st_size > 5000
+
+
+def test_written_sessions_can_be_hidden(place, tmp_path):
+    options = ("--variants", "narrow", "--sessions", "inferred")
+    validation(tmp_path, place / "data", *options)
+    (hidden,) = runs(tmp_path)
+    assert hidden.parent.name.endswith("-sessions=inferred")
+    for run, source in (hidden, "inferred"), (runs(place)[0], "as sessions.js"):
+        report = (run / "manifests" / "split_report.json").read_text()
+        assert json.loads(report)["sessions"].startswith(source)
 
 
 def test_finished_runs_are_not_repeated(place):

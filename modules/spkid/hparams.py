@@ -15,7 +15,7 @@ import yaml
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from speechbrain.core import RunOptions
 
-from spkid.errors import UserError
+from spkid.errors import FULL, UserError
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -281,7 +281,7 @@ def load_hparams(path: str | Path, overrides: str = "") -> dict:
     Raises
     ------
     UserError
-        If an object refuses its values.
+        If an object refuses its values, or can't make its folder.
 
     Example
     -------
@@ -294,5 +294,12 @@ def load_hparams(path: str | Path, overrides: str = "") -> dict:
     try:
         with open(path, encoding="utf-8") as file:
             return load_hyperpyyaml(file, overrides)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        named = f"{error.filename}: {error.strerror}; name another one."
+        raise UserError(
+            named if error.filename else f"{path}: {error}"
+        ) from None
     except Exception as error:  # whatever an object says of its values
         raise UserError(f"{path}: {error}") from None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from spkid.checkpoints import save_atomically
+from spkid.errors import UserError
 from spkid.measures import Expectation, expected_accuracy
 
 
@@ -182,24 +184,26 @@ def expect(
     validated : dict
         Scores of the validation by utterance id.
     parts : dict
-        What each utterance is; those of "known" sessions don't count.
+        What each of them is; only those of "new" sessions count, since others
+        flatter.
     tested : dict
         Scores of the test; no target is looked at.
 
     Returns
     -------
     Expectation
-        See :func:`spkid.measures.expected_accuracy`; None where nothing was
-        validated or tested.
+        See :func:`spkid.measures.expected_accuracy`; None where no new session
+        was validated on, or nothing tested.
 
     Example
     -------
-    >>> sure, unsure = Score(0, 0, 0.1, 0.9), Score(0, 1, 2.3, 0.6)
-    >>> tested = {"c": Score(1, -1, 0.0, 0.95), "d": Score(0, -1, 0.0, 0.5)}
-    >>> expect({"a": sure, "b": unsure}, {}, tested).accuracy
-    0.5
+    >>> sure, unsure = Score(0, 0, 0.1, 0.9), Score(0, 1, 2.3, 0.5)
+    >>> tested = {"c": Score(1, -1, 0.0, 0.8), "d": Score(0, -1, 0.0, 0.4)}
+    >>> told = expect({"a": sure, "b": unsure}, dict(a="new", b="new"), tested)
+    >>> round(told.accuracy, 4)  # 0.5 - (0.7 - 0.6)
+    0.4
     """
-    new = [s for key, s in validated.items() if parts.get(key) != "known"]
+    new = [s for key, s in validated.items() if parts.get(key) == "new"]
     if not new or not tested:
         return None
     return expected_accuracy(
@@ -261,13 +265,25 @@ def load_evaluation(
     -------
     tuple of dict
         Scores by utterance id, and what each was evaluated as.
+
+    Raises
+    ------
+    UserError
+        If the file is damaged.
     """
-    with np.load(path, allow_pickle=False) as arrays:
-        ids, parts, *columns = (
-            arrays[key].tolist()
-            for key in ("id", "part", "guess", "target", "loss", "confidence")
-        )
+    keys = ("guess", "target", "loss", "confidence")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            ids, parts, *columns = (
+                arrays[key].tolist() for key in ("id", "part", *keys)
+            )
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+        raise UserError(
+            f"{path}: could not be read ({error}); train.py with --test_only "
+            "writes it again."
+        ) from None
     scores = map(Score, *columns)
-    return dict(zip(ids, scores, strict=True)), dict(
-        zip(ids, parts, strict=True)
+    return (
+        dict(zip(ids, scores, strict=True)),
+        dict(zip(ids, parts, strict=True)),
     )

@@ -48,7 +48,8 @@ p { max-width: 44rem; margin: .5rem 0 } li { margin: .2rem 0 }
 .grid { display: grid; gap: 1rem 2rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
 .grid > * { min-width: 0 }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)) }
+.tiles { gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)) }
 .tiles > div { background: var(--card); border-radius: .5rem; padding: 1rem;
   height: 100%; box-sizing: border-box; font-size: .875rem }
 .tiles b { display: block; font-size: 2rem; line-height: 1.3 }

@@ -98,6 +98,9 @@ def main(arguments: list[str]) -> None:
             f"{corpus.folder / 'mapping.json'}: its speakers are not those of "
             f"{speakers}; give the mapping.json that the run was trained with."
         )
+    validated, kept = ({}, {}), args.output_folder / "evaluation.npz"
+    if kept.exists():
+        validated = load_evaluation(kept)
     packed = hparams["pack"] and not other  # what is read once needs no pack
     pack = prepare.pack_corpus(
         corpus, hparams["pack_folder"], packed, hparams["pack_dtype"]
@@ -120,11 +123,7 @@ def main(arguments: list[str]) -> None:
     write_submission(corpus, brain.scores, target)
     accuracy = summarize(brain.scores)["accuracy"]
     known = "unknown" if accuracy is None else f"{accuracy:.4f}"
-    expected, told_of = None, args.output_folder / "evaluation.npz"
-    if told_of.exists():
-        scores, parts = load_evaluation(told_of)
-        scores = {key: s for key, s in scores.items() if parts[key] != "test"}
-        expected = expect(scores, parts, brain.scores)
+    expected = expect(*validated, brain.scores)
     print(
         f"Test accuracy {known}\n{told(expected)}"
         f"{target}: {len(corpus.test_paths)} rows"

@@ -40,9 +40,9 @@ MEANING = {
     "mean over speakers. A flattering number, since room and microphone help.",
     "gap": "Known minus new, over the speakers who have both: how much of the "
     "flattering number is room and microphone rather than voice.",
-    "expected": "From how sure the model is of the test utterances, beside the "
-    "validated ones. Chance leaves it between {low} and {high}; "
-    "recordings that are like none of the validated ones can do worse.",
+    "expected": "The accuracy on new sessions, and as much lower (or higher) "
+    "as the model is less (or more) sure of the test. Speakers' differences "
+    "alone leave it between {low} and {high}.",
     "test": "The test utterances, whose speakers the data folder names.",
 }
 
@@ -56,8 +56,7 @@ def headline(results: dict) -> str:
     """The accuracies and the gap, and what each of them means."""
     first = first_part(results)
     names = {part: f"Accuracy, {name}" for part, (name, *_) in PARTS.items()}
-    names |= {"gap": "Gap, in points"}
-    names |= {"expected": "Accuracy, expected in the test"}
+    names |= {"gap": "Gap, in points", "expected": "Expected in the test"}
     tiles = []
     for part in (first, "known", "gap", "expected", "test"):
         value = results.get("valid" if part == first else part)

@@ -65,7 +65,7 @@ def told(expected: Expectation | None) -> str:
         return ""
     accuracy, low, high = expected
     return (
-        f"Expected in the test, by how sure the model is there: {accuracy:.4f} "
+        f"Expected in the test, by how sure the model is of it: {accuracy:.4f} "
         f"({low:.4f} to {high:.4f})\n"
     )
 

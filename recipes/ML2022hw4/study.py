@@ -10,7 +10,8 @@ Usage:
   python study.py sessions --data_folder DIR [DIR ...]     are they found?
 RUN is the output folder of a finished run. Widths, segments and validation
 train small Conformers, three seeds of each; runs that are finished are not
-repeated. Sessions compares inferred ones to those that DIR has written down.
+repeated. They validate on the sessions that DIR has written down; with
+--sessions inferred, as if it had none. Sessions compares the two.
 Each writes a table, and a plot of accuracies, to --folder (results/study).
 """
 
@@ -165,7 +166,8 @@ def validation_table(args) -> None:
         own = []
         for data, pairs in of_data.items():
             value, test, by_speaker = np.array(pairs).T
-            rank = spearmanr(value, test)[0] if len(pairs) > 2 else np.nan
+            ranked = len(pairs) > 2 and np.ptp(value) and np.ptp(test)
+            rank = spearmanr(value, test)[0] if ranked else np.nan
             own.append(
                 [
                     np.abs(value - test).mean(),
@@ -246,8 +248,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--pack_folder", type=Path)
     place = Path(__file__).resolve().parents[2] / "results" / "study"
     parser.add_argument("--folder", type=Path, default=place)
-    parser.add_argument("--split", nargs="+", default=["session"])
-    parser.add_argument("--sessions", default="auto")
+    kinds = ("session", "random")
+    parser.add_argument("--split", nargs="+", default=kinds[:1], choices=kinds)
+    kinds = ("auto", "inferred")
+    parser.add_argument("--sessions", default=kinds[0], choices=kinds)
     parser.add_argument("--variants", nargs="+")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8)

@@ -80,7 +80,7 @@ def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
         for split in args.split:
             for name, changes in variants.items():
                 for seed in range(1, args.seeds + 1):
-                    key = (data.name, name, split, seed)
+                    key = (data.name, name, _label(args, split), seed)
                     place = args.folder / "runs" / _slug(args, changes)
                     place /= "-".join(map(str, (data.name, split, seed)))
                     runs[key] = place
@@ -128,6 +128,13 @@ def _check(args):
 
 def _beside(run, suffix):
     return run.with_name(f"{run.name}.{suffix}")
+
+
+def _label(args, split):
+    """How the tables name a split."""
+    if split == "session" and args.sessions != "auto":
+        return f"session, {args.sessions}"
+    return split
 
 
 def _slug(args, changes):
@@ -188,6 +195,11 @@ def accuracies(run: Path) -> dict[str, float]:
         part, target, guess, confidence = (evaluation[key] for key in keys)
     right, held_out = target == guess, np.isin(part, ("new", "random"))
     both = np.intersect1d(target[part == "test"], target[held_out])
+    if not len(both):
+        raise UserError(
+            f"{run}: no speaker has both held-out and test utterances, so they "
+            "can't be compared."
+        )
     covered = np.isin(target, both)
     result = {}
     for name in ("known", "new", "random", "test"):
