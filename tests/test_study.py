@@ -166,6 +166,11 @@ def test_sessions_are_scored_against_those_written_down(place, monkeypatch):
 
 
 def test_mistakes_cost_one_sentence(place, tmp_path):
+    nobody = {"part": np.array(["new", "test"]), "target": np.array([0, 1])}
+    nobody |= {"guess": np.zeros(2), "confidence": np.ones(2)}
+    np.savez(tmp_path / "evaluation.npz", **nobody)
+    with pytest.raises(UserError, match="no speaker has both held-out and"):
+        accuracies(tmp_path)
     with pytest.raises(UserError, match="--variants 'wide' is none of"):
         validation(place, place / "data", "--variants", "wide")
     with pytest.raises(UserError, match="name the output folder of a run"):
