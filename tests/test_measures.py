@@ -118,21 +118,32 @@ def test_what_is_expected_by_hand():
 def test_the_interval_is_student_s():
     """One new speaker more, of the same mean: the prediction interval."""
     surplus = np.array([-0.2, -0.1, 0.0, 0.1, -0.3, -0.1])
-    right = np.ones(6)
-    told = expected_accuracy(
-        right - surplus, right, np.arange(6), np.array([0.5, 0.7]), [3, 3]
-    )
+    right, speaker = np.ones(600), np.arange(600) % 6
+    claimed = right - surplus[speaker]
+    new = np.tile([0.5, 0.7], 300)
+    told = expected_accuracy(claimed, right, speaker, new, np.full(600, 3))
     half = 2.570581835636314 * surplus.std(ddof=1) * math.sqrt(1 / 6 + 1)
     assert told.accuracy == pytest.approx(0.5)
     assert told.low == pytest.approx(0.5 - half)
     assert told.high == pytest.approx(0.5 + half)
     # 4, 1 and 1 utterances say as much as 36 / 18 speakers of equally many.
-    guess = [0, 0, 0, 0, 1, 2]
-    told = expected_accuracy(
-        right - surplus, right, np.arange(6), np.full(6, 0.6), guess
-    )
+    guess = np.repeat([0, 1, 2], [400, 100, 100])
+    told = expected_accuracy(claimed, right, speaker, new, guess)
     half *= math.sqrt(1 / 6 + 1 / 2) / math.sqrt(1 / 6 + 1)
     assert told.high == pytest.approx(0.5 + half)
+
+
+def test_no_mistake_among_few_is_no_certainty():
+    """All are right, and all claims alike: what is left is a binomial."""
+    right, speaker = np.ones(40), np.arange(40) % 10
+    sure = np.full(40, 0.99)
+    told = expected_accuracy(
+        sure, right, speaker, sure[:20] - 0.05, speaker[:20]
+    )
+    half = 2.2621571628540993 * math.sqrt(0.95 * 0.05 * (1 / 40 + 1 / 20))
+    assert told.accuracy == pytest.approx(0.95)
+    assert told.low == pytest.approx(0.95 - half)
+    assert told.high == 1
 
 
 guesses = st.lists(

@@ -182,8 +182,10 @@ def expected_accuracy(
     same.
 
     The interval is Student's, of another mean over as many speakers as are
-    guessed: it knows how speakers differ, and nothing of strangeness. Where
-    the new ones are the same speakers, it is rather too wide.
+    guessed: it knows how speakers differ, and nothing of strangeness. It is at
+    least as wide as chance makes it for guesses that know of no speakers, since
+    where all were right, speakers don't seem to differ. Where the new ones are
+    the same speakers, it is rather too wide.
 
     Arguments
     ---------
@@ -224,7 +226,10 @@ def expected_accuracy(
         new_count = np.unique(new_guess, return_counts=True)[1]
         # Speakers who count unequally are as good as so many who don't.
         n_new = new_count.sum() ** 2 / (new_count**2).sum()
-        half = student_t.ppf(0.975, len(count) - 1) * surplus.std(ddof=1)
-        half *= np.sqrt(1 / len(count) + 1 / n_new)
+        variance = surplus.var(ddof=1) * (1 / len(count) + 1 / n_new)
+        share = np.clip(accuracy, 0, 1)
+        chance = 1 / len(confidence) + 1 / len(new_confidence)
+        variance = max(variance, share * (1 - share) * chance)
+        half = student_t.ppf(0.975, len(count) - 1) * np.sqrt(variance)
     ends = accuracy, accuracy - half, accuracy + half
     return Expectation(*np.clip(ends, 0, 1).tolist())

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import prepare
-from results import WEIGHTS, told, write_submission
+from results import WEIGHTS, expectation_line, write_submission
 from speaker_brain import SpeakerBrain
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import UserError, run_command
@@ -98,9 +98,8 @@ def main(arguments: list[str]) -> None:
             f"{corpus.folder / 'mapping.json'}: its speakers are not those of "
             f"{speakers}; give the mapping.json that the run was trained with."
         )
-    validated, kept = ({}, {}), args.output_folder / "evaluation.npz"
-    if kept.exists():
-        validated = load_evaluation(kept)
+    kept = args.output_folder / "evaluation.npz"
+    validated = load_evaluation(kept) if kept.exists() else ({}, {})
     packed = hparams["pack"] and not other  # what is read once needs no pack
     pack = prepare.pack_corpus(
         corpus, hparams["pack_folder"], packed, hparams["pack_dtype"]
@@ -125,7 +124,7 @@ def main(arguments: list[str]) -> None:
     known = "unknown" if accuracy is None else f"{accuracy:.4f}"
     expected = expect(*validated, brain.scores)
     print(
-        f"Test accuracy {known}\n{told(expected)}"
+        f"Test accuracy {known}\n{expectation_line(expected)}"
         f"{target}: {len(corpus.test_paths)} rows"
     )
 

@@ -33,7 +33,7 @@ from spkid.errors import UserError, run_command
 ACCURACY = "valid accuracy"  # in history.json
 MEANING = {
     "new": "Recordings of sessions that the model never heard, mean over "
-    "speakers. This number predicts the test.",
+    "speakers. It chooses the checkpoint, and predicts a test like them.",
     "random": "Utterances drawn at random; the model was trained on others of "
     "their sessions. A flattering number: expect less on new recordings.",
     "known": "Held-out utterances of sessions that the model was trained on, "

@@ -49,7 +49,7 @@ def by_part(result: dict[str, float | None]) -> dict:
     return nested
 
 
-def told(expected: Expectation | None) -> str:
+def expectation_line(expected: Expectation | None) -> str:
     """A line that says what to expect of a test; empty if nothing is.
 
     Arguments
@@ -172,7 +172,7 @@ def write_results(
     ]
     print(
         f"Accuracy {', '.join(figures)}\n"
-        f"{told(expected)}"
+        f"{expectation_line(expected)}"
         f"{page}: the run on one page\n"
         f"{output / 'results.json'}: these figures\n"
         f"{output / 'submission.csv'}: a row for each test utterance\n"
