@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -447,6 +448,7 @@ def test_new_recordings_need_no_training_data(data, finished, tmp_path):
     assert done.returncode == 0, done.stderr
     said = re.search(r"Test accuracy ([\d.]+)", done.stdout)
     assert float(said[1]) >= 0.7
+    assert "Expected in the test" in done.stdout
     rows = (output / "submission-new.csv").read_text().splitlines()
     assert len(rows) == 10
     assert (output / "submission.csv").read_bytes() == before
@@ -470,6 +472,27 @@ def test_test_only_repeats_the_results(data, finished):
     after = json.loads((finished[0] / "results.json").read_text())
     assert after["test"] == before["test"]
     assert after["epochs"] == 4
+
+
+def test_confidences_of_windows_are_not_those_of_utterances(
+    data, finished, tmp_path
+):
+    """As if --test_only --evaluation=windows had been killed before its end,
+    whose hyperparams.yaml is written first."""
+    output = tmp_path / "out"
+    shutil.copytree(finished[0], output)
+    predict = [sys.executable, str(RECIPE / "predict.py"), str(output)]
+    assert "Expected in the test" in run(predict).stdout
+    settings = output / "hyperparams.yaml"
+    text = settings.read_text()
+    assert "evaluation: whole" in text
+    settings.write_text(
+        text.replace("evaluation: whole", "evaluation: windows")
+    )
+    done = run(predict)
+    assert done.returncode == 0, done.stderr
+    assert "Test accuracy" in done.stdout
+    assert "Expected in the test" not in done.stdout
 
 
 def test_test_only_without_a_checkpoint_is_refused(data, tmp_path):

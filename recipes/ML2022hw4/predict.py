@@ -17,13 +17,18 @@ from pathlib import Path
 import torch
 
 import prepare
-from results import WEIGHTS, expectation_line, write_submission
+from results import (
+    WEIGHTS,
+    evaluation_settings,
+    expectation_line,
+    write_submission,
+)
 from speaker_brain import SpeakerBrain
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import UserError, run_command
 from spkid.hparams import check_device, load_hparams
-from spkid.scoring import expect, load_evaluation, summarize
-from validate import manifest, read_corpus
+from spkid.scoring import Score, expect, load_evaluation, summarize
+from validate import manifest, read_corpus, read_json
 
 # The run's loggers and checkpoints are not touched.
 UNUSED = "checkpointer: null\ntrain_logger: null"
@@ -63,6 +68,33 @@ def load_run(folder: Path) -> dict:
     return hparams
 
 
+def load_validation(
+    folder: Path, hparams: dict
+) -> tuple[dict[str, Score], dict[str, str]]:
+    """What a run's model said of its validation.
+
+    Arguments
+    ---------
+    folder : pathlib.Path
+        The run's output folder.
+    hparams : dict
+        Its hyperparameters.
+
+    Returns
+    -------
+    tuple of dict
+        As :func:`spkid.scoring.load_evaluation`; empty where nothing was kept,
+        or was scored in another way than ``hparams`` say, as after a
+        ``--test_only`` that didn't reach its end.
+    """
+    paths = folder / "results.json", folder / "evaluation.npz"
+    if not all(path.exists() for path in paths):
+        return {}, {}
+    if read_json(paths[0]).get("scored_by") != evaluation_settings(hparams):
+        return {}, {}
+    return load_evaluation(paths[1])
+
+
 def main(arguments: list[str]) -> None:
     """Scores the test utterances and writes the CSV."""
     parser = argparse.ArgumentParser(
@@ -98,8 +130,7 @@ def main(arguments: list[str]) -> None:
             f"{corpus.folder / 'mapping.json'}: its speakers are not those of "
             f"{speakers}; give the mapping.json that the run was trained with."
         )
-    kept = args.output_folder / "evaluation.npz"
-    validated = load_evaluation(kept) if kept.exists() else ({}, {})
+    validated = load_validation(args.output_folder, hparams)
     packed = hparams["pack"] and not other  # what is read once needs no pack
     pack = prepare.pack_corpus(
         corpus, hparams["pack_folder"], packed, hparams["pack_dtype"]

@@ -19,6 +19,28 @@ from validate import Corpus
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("embedding_model", "classifier")
+# How utterances are scored; --test_only may change it, since nothing is
+# trained.
+EVALUATION = (
+    *("evaluation", "window_frames", "window_hop", "equal_length_batches"),
+    "average_checkpoints",
+)
+
+
+def evaluation_settings(hparams: dict) -> dict:
+    """How a run scores utterances; confidences compare only if it is equal.
+
+    Arguments
+    ---------
+    hparams : dict
+        The run's hyperparameters.
+
+    Returns
+    -------
+    dict
+        The value of each of ``EVALUATION``.
+    """
+    return {key: hparams[key] for key in EVALUATION}
 
 
 def by_part(result: dict[str, float | None]) -> dict:

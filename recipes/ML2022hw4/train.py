@@ -23,7 +23,13 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 import prepare
 import split
-from results import WEIGHTS, by_part, write_results
+from results import (
+    EVALUATION,
+    WEIGHTS,
+    by_part,
+    evaluation_settings,
+    write_results,
+)
 from speaker_brain import SpeakerBrain
 from spkid.checkpoints import RunState, check_identity, save_atomically
 from spkid.dataio import label_encoder, make_datasets, make_loaders
@@ -50,17 +56,12 @@ FREE = {
     *("on_bad_file", "max_bad_share", "num_workers", "max_frames_per_batch"),
     *("ckpt_interval_minutes", "nonfinite_patience", "final_fit"),
 }
-# And what --test_only may, since nothing is trained.
-EVALUATION = {
-    *("evaluation", "window_frames", "window_hop", "equal_length_batches"),
-    "average_checkpoints",
-}
 
 
 def run_identity(hparams_file, overrides, hparams, run_opts, corpus):
     """What a run may not change when it goes on."""
     alone = not torch.distributed.is_initialized()
-    free = FREE | (EVALUATION if run_opts.test_only else set())
+    free = FREE | set(EVALUATION if run_opts.test_only else ())
     values = all_values(hparams_file, overrides)
     for key in ("precision", "grad_accumulation_factor", "max_grad_norm"):
         # The command line's goes before the YAML file's.
@@ -247,6 +248,7 @@ def train(
             "parameters": identity["parameters"],
             "epochs": hparams["epoch_counter"].current,
             "averaged_checkpoints": averaged,
+            "scored_by": evaluation_settings(hparams),
             "skipped_steps": brain.skipped_steps,
             "seconds": round(brain.run_state.seconds, 1),
         }
