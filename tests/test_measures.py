@@ -134,16 +134,43 @@ def test_the_interval_is_student_s():
 
 
 def test_no_mistake_among_few_is_no_certainty():
-    """All are right, and all claims alike: what is left is a binomial."""
+    """All are right, and all claims alike: what is left is a binomial, of two
+    more right ones and two more wrong ones."""
     right, speaker = np.ones(40), np.arange(40) % 10
-    sure = np.full(40, 0.99)
-    told = expected_accuracy(
-        sure, right, speaker, sure[:20] - 0.05, speaker[:20]
-    )
-    half = 2.2621571628540993 * math.sqrt(0.95 * 0.05 * (1 / 40 + 1 / 20))
-    assert told.accuracy == pytest.approx(0.95)
-    assert told.low == pytest.approx(0.95 - half)
-    assert told.high == 1
+    sure = np.full(40, 0.9)
+    for change, share in (-0.05, 40 / 44), (0.0, 42 / 44), (0.05, 42 / 44):
+        told = expected_accuracy(
+            sure, right, speaker, sure[:20] + change, speaker[:20]
+        )
+        variance = share * (1 - share) * (1 / 40 + 1 / 20)
+        half = 2.2621571628540993 * math.sqrt(variance)
+        assert told.accuracy == pytest.approx(min(1, 1 + change))
+        assert told.low == pytest.approx(1 + change - half)
+        assert told.high == 1
+
+
+def test_a_calibrated_models_accuracy_lies_in_the_interval():
+    """In 19 of 20 cases, also where mistakes are rare."""
+    generator = np.random.default_rng(0)
+    for accuracy, speakers, each, tested in (
+        (0.97, 10, 4, 200),
+        (0.9, 30, 10, 400),
+    ):
+        speaker = np.repeat(np.arange(speakers), each)
+        said = np.full(len(speaker), accuracy)
+        held = 0
+        for _ in range(400):
+            right = generator.random(len(speaker)) < accuracy
+            truth = (generator.random(tested) < accuracy).mean()
+            told = expected_accuracy(
+                said,
+                right,
+                speaker,
+                np.full(tested, accuracy),
+                generator.integers(speakers, size=tested),
+            )
+            held += told.low <= truth <= told.high
+        assert held >= 0.95 * 400
 
 
 guesses = st.lists(

@@ -184,8 +184,11 @@ def expected_accuracy(
     The interval is Student's, of another mean over as many speakers as are
     guessed: it knows how speakers differ, and nothing of strangeness. It is at
     least as wide as chance makes it for guesses that know of no speakers, since
-    where all were right, speakers don't seem to differ. Where the new ones are
-    the same speakers, it is rather too wide.
+    where all were right, speakers don't seem to differ; and for that chance two
+    more right and two more wrong ones are assumed (Agresti and Coull,
+    "Approximate Is Better than 'Exact'", 1998), since where none was wrong none
+    seems possible. Where the new ones are the same speakers, the interval is
+    rather too wide.
 
     Arguments
     ---------
@@ -227,8 +230,9 @@ def expected_accuracy(
         # Speakers who count unequally are as good as so many who don't.
         n_new = new_count.sum() ** 2 / (new_count**2).sum()
         variance = surplus.var(ddof=1) * (1 / len(count) + 1 / n_new)
-        share = np.clip(accuracy, 0, 1)
-        chance = 1 / len(confidence) + 1 / len(new_confidence)
+        n = len(confidence)
+        share = (np.clip(accuracy, 0, 1) * n + 2) / (n + 4)
+        chance = 1 / n + 1 / len(new_confidence)
         variance = max(variance, share * (1 - share) * chance)
         half = student_t.ppf(0.975, len(count) - 1) * np.sqrt(variance)
     ends = accuracy, accuracy - half, accuracy + half
