@@ -397,6 +397,7 @@ def test_a_mistake_costs_one_sentence(name, tmp_path):
         ("--kernel_size=7", "begun with kernel_size=15, not 7"),
         ("--margin=0.5", "begun with margin=0.2, not 0.5"),
         ("--precision=bf16", "begun with precision=fp32, not bf16"),
+        ("--pack=False", "begun with pack=True, not False"),
     ],
 )
 @pytest.mark.parametrize("more", [[], ["--test_only"]])

@@ -52,7 +52,7 @@ from validate import read_json
 FREE = {
     *("data_folder", "pack_folder", "output_folder", "save_folder"),
     *("manifest_folder", "train_log", "train_logger", "tensorboard_logger"),
-    *("use_tensorboard", "checkpointer", "pack", "pack_on_device"),
+    *("use_tensorboard", "checkpointer", "pack_on_device"),
     *("on_bad_file", "max_bad_share", "num_workers", "max_frames_per_batch"),
     *("ckpt_interval_minutes", "nonfinite_patience", "final_fit"),
 }
