@@ -170,6 +170,32 @@ def test_an_utterance_without_session_is_named(made):
     path.write_text('{"uttr-0-0.pt": "a"}')
     with pytest.raises(UserError, match=r"sessions.json: 'uttr-0-1.pt' has no"):
         divide(made)
+    path.write_text('{"uttr-0-0.pt": ["a"]}')
+    with pytest.raises(UserError, match=r"'uttr-0-0.pt' has session \['a'\];"):
+        divide(made)
+
+
+def test_sessions_may_be_numbers(made):
+    path = made[0].folder / "sessions.json"
+    names = json.loads(path.read_text())
+    numbers = {name: number for number, name in enumerate(names.values())}
+    splits = []
+    for form in (str, int):
+        said = {key: form(numbers[name]) for key, name in names.items()}
+        path.write_text(json.dumps(said))
+        splits.append(divide(made))
+    assert splits[0] == splits[1]
+
+
+def test_no_gap_has_its_reason(made):
+    def note():
+        return divide(made, known_fraction=0.0)[1]["warnings"][-1]
+
+    assert note().endswith("a larger --known_fraction would do it.")
+    path = made[0].folder / "sessions.json"
+    names = json.loads(path.read_text())
+    path.write_text(json.dumps({key: key for key in names}))
+    assert note().endswith("trained on has a second utterance.")
 
 
 @pytest.mark.parametrize("name", ["session", "random"])
@@ -189,4 +215,8 @@ def test_manifests_are_kept_while_nothing_changes(made, tmp_path):
     split.write_manifests(*made, folder, CHOICES)
     assert (folder / "valid.json").read_text() == "kept"
     split.write_manifests(*made, folder, {**CHOICES, "seed": 4})
-    assert (folder / "valid.json").read_text() != "kept"
+    before = (folder / "valid.json").read_text()
+    assert before != "kept"
+    (folder / "valid.json").unlink()
+    split.write_manifests(*made, folder, {**CHOICES, "seed": 4})
+    assert (folder / "valid.json").read_text() == before

@@ -531,7 +531,7 @@ def hold_out_known(
     """
     known = np.zeros(len(held), dtype=bool)
     generator = np.random.default_rng(seed)
-    wanted = 0.5  # what a speaker cannot give is left to the next
+    wanted = 0.5  # one that a speaker cannot give is left to the next
     for rows in sessions.rows():
         left = rows[~held[rows]]
         wanted = min(wanted, 1.0) + share * len(rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,9 @@ def written_sessions(corpus: Corpus) -> tuple[list[str] | None, str]:
     Arguments
     ---------
     corpus : Corpus
-        Its folder may hold sessions.json (feature path to session), or its
-        feature paths may be speaker/session/file, by the speaker's very name.
+        Its folder may hold sessions.json (feature path to session, a text or
+        a whole number), or its feature paths may be speaker/session/file, by
+        the speaker's very name.
 
     Returns
     -------
@@ -59,18 +61,22 @@ def written_sessions(corpus: Corpus) -> tuple[list[str] | None, str]:
     Raises
     ------
     UserError
-        If sessions.json doesn't know an utterance.
+        If sessions.json doesn't name an utterance's session.
     """
     path = corpus.folder / "sessions.json"
     if path.exists():
         names = read_json(path)
         for utterance in corpus.labelled:
-            if not isinstance(names.get(utterance.path), str):
+            name = names.get(utterance.path)
+            if not isinstance(name, str | int):
                 raise UserError(
-                    f"{path}: {utterance.path!r} has no session; name one for "
-                    "each labelled utterance, or give --sessions inferred."
+                    f"{path}: {utterance.path!r} has "
+                    + ("no session" if name is None else f"session {name!r}")
+                    + "; name one, by a text or a whole number, for each "
+                    "labelled utterance, or give --sessions inferred."
                 )
-        return [names[u.path] for u in corpus.labelled], "as sessions.json says"
+        said = [str(names[u.path]) for u in corpus.labelled]
+        return said, "as sessions.json says"
     parts = [Path(u.path).parts for u in corpus.labelled]
     if all(
         len(own) == 3 and own[0] == utterance.speaker
@@ -272,9 +278,13 @@ def _report(names, sessions, source, held, known, split):
             f"{why}: {some}; the validation says nothing about them."
         )
     if held.any() and split in BY_SESSION and not known.any():
+        trained = zip(speaker[~held], sessions.label[~held], strict=True)
+        cure = "no session that is trained on has a second utterance."
+        if max(Counter(trained).values(), default=0) > 1:
+            cure = "a larger --known_fraction would do it."
         warnings.append(
             "nothing is held out of known sessions, so there is no gap to "
-            "see; a larger --known_fraction would do it."
+            f"see; {cure}"
         )
     if "clustered" in source:
         warnings.append(
@@ -302,7 +312,7 @@ def write_manifests(
     """Writes train.json, valid.json and test.json in SpeechBrain's form, and
     split_report.json.
 
-    A split that is there already, made of the same files by the same
+    A split that is there already, whole, made of the same files by the same
     choices, is left as it is.
 
     Arguments
@@ -324,7 +334,9 @@ def write_manifests(
         **choices,
     }
     done = folder / "split.json"
-    if done.exists() and read_json(done) == made_of:
+    files = ("train.json", "valid.json", "test.json", "split_report.json")
+    whole = all((folder / name).exists() for name in (done.name, *files))
+    if whole and read_json(done) == made_of:
         return
     parts, report = divide(corpus, pack, choices)
     parts["test"] = manifest(corpus.test)
