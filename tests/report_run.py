@@ -99,7 +99,7 @@ def make_run(
         "speakers": {
             name: {
                 "utterances": 90 + i % 20,
-                "sessions": 1 + i % 7,
+                "sessions": 1 + i % 7 if session else None,
                 "held_out": 9 if i % 7 else 0,
             }
             for i, name in enumerate(names)

@@ -159,6 +159,8 @@ def test_random_split_is_called_flattering(tmp_path):
     assert "Accuracy, random utterances" in page
     assert "A flattering number: expect less" in page
     assert "new sessions" not in page
+    assert ">unknown</th>" in page  # how many sessions the speakers have
+    assert "None" not in page
 
 
 def test_tables_count_what_was_scored(tmp_path):

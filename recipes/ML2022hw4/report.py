@@ -34,8 +34,9 @@ ACCURACY = "valid accuracy"  # in history.json
 MEANING = {
     "new": "Recordings of sessions that the model never heard, mean over "
     "speakers. It chooses the checkpoint, and predicts a test like them.",
-    "random": "Utterances drawn at random; the model was trained on others of "
-    "their sessions. A flattering number: expect less on new recordings.",
+    "random": "Utterances drawn at random, mean over speakers; the model was "
+    "trained on others of their sessions. A flattering number: expect less on "
+    "new recordings.",
     "known": "Held-out utterances of sessions that the model was trained on, "
     "mean over speakers. A flattering number, since room and microphone help.",
     "gap": "Known minus new, over the speakers who have both: how much of the "
@@ -133,7 +134,10 @@ def sessions(split: dict) -> str:
             "Speakers by their number of sessions; the last column counts "
             "those all of whose utterances are trained on",
             ["sessions", "speakers", "utterances", "held out", "none held out"],
-            [[count, *line] for count, line in sorted(found.items())],
+            [
+                [count or "unknown", *one]
+                for count, one in sorted(found.items())
+            ],
         )
         + f"<p>Sessions are {escape(split['sessions'])}.</p>"
         + f"<details{opened}><summary>Warnings: {len(notes)}</summary>"

@@ -299,8 +299,8 @@ def calibration(scored: Evaluation) -> str:
             verdict = "neither over- nor under-confident on average"
         said.append(
             f"<p>On {PARTS[part][0]} the model is {verdict}: its mean "
-            f"confidence is {percent(mean)}, its accuracy {percent(accuracy)}; "
-            "the expected calibration error is "
+            f"confidence is {percent(mean)}, its accuracy {percent(accuracy)}, "
+            "both over utterances; the expected calibration error is "
             f"{percent(measured[part].error)}.</p>"
         )
 
