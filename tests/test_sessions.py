@@ -238,6 +238,14 @@ def test_folds_divide_sessions(found, folds, seed):
             assert set(fold[rows]) == set(range(folds))
 
 
+def test_folds_are_of_equal_size():
+    """Also of speakers who have fewer sessions than there are folds."""
+    speaker = np.repeat(np.arange(60), 4)
+    found = Sessions(np.tile([0, 0, 1, 1], 60), speaker)
+    sizes = np.bincount(fold_numbers(found, 5, seed=0))
+    assert sizes.tolist() == [48] * 5
+
+
 def in_order(*sizes):
     label = np.repeat(range(len(sizes)), sizes)
     return Sessions(label, np.zeros_like(label), ordered=True)

@@ -8,6 +8,7 @@ import pytest
 from corpus import make_corpus
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 import found_sessions
 import study
@@ -62,9 +63,35 @@ def test_a_validation_is_told_as_the_runs_told_it(place):
     column = header.index("new sessions")
     values, tests = np.array([[r[column], r[-2]] for r in rows], float).T
     _, _, *summary = table(place / "out=1" / "validation_summary.md")
-    distance = {row[1]: float(row[3]) for row in summary}["new sessions"]
+    summary = {row[1]: row for row in summary}
+    distance = float(summary["new sessions"][3])
     assert distance == pytest.approx(np.abs(values - tests).mean(), abs=2e-3)
+    tests = [one["test"] for one in kept]
+    for part in ("known", "expected"):  # untrained, they tie on the new ones
+        rank = float(summary[variants.PARTS[part]][5])
+        expected = spearmanr([one[part] for one in kept], tests)[0]
+        assert rank == pytest.approx(expected, abs=1e-3)
     assert (place / "out=1" / "validation.png").stat().st_size > 5000
+
+
+def test_several_data_folders_have_a_mean(place, monkeypatch):
+    """Of each figure, and each folder counts the same."""
+    near, far, also = runs(place)
+    trained = {
+        ("a", "near", "session", 1): near,
+        ("a", "far", "session", 1): far,
+        ("b", "also", "session", 1): also,
+    }
+    monkeypatch.setattr(study, "train_runs", lambda *_: trained)
+    validation(place / "mean", place / "data")
+    _, _, *rows = table(place / "mean" / "out=1" / "validation_summary.md")
+    a, b, mean = (
+        [float(cell) for cell in row[3:5]]
+        for row in rows
+        if row[1] == "new sessions"
+    )
+    assert a != b
+    assert mean == pytest.approx(np.mean([a, b], axis=0), abs=1e-3)
 
 
 def test_written_sessions_can_be_hidden(place, tmp_path):
