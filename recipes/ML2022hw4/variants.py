@@ -133,7 +133,7 @@ def _beside(run, suffix):
 def _label(args, split):
     """How the tables name a split."""
     if split == "session" and args.sessions != "auto":
-        return f"session, {args.sessions}"
+        return f"{args.sessions} session"
     return split
 
 
