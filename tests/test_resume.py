@@ -23,6 +23,7 @@ from test_recipe import ROOT, TINY, same, weights
 
 import results
 import train
+from spkid.checkpoints import claim
 from spkid.errors import run_command
 
 pytestmark = pytest.mark.skipif(
@@ -98,6 +99,18 @@ def test_a_run_killed_at_every_edge_ends_in_the_same_bits(data, tmp_path):
     assert code == 0, said
     assert same(weights(calm), weights(killed))
     assert chaos.log(killed) == chaos.log(calm)  # each epoch has one line
+
+
+def test_two_runs_in_one_folder_are_refused(data, tmp_path):
+    output = tmp_path / "out"
+    claim(output)  # this process has it, and train.py is another one
+    code, said = go(data, output)
+    assert code == 1
+    assert f"{output}: another process is at work in it; wait until" in said
+    assert "Traceback" not in said
+    assert [path.name for path in output.iterdir()] == ["lock"]
+    code, said = go(data, tmp_path / "other")
+    assert code == 0, said
 
 
 @pytest.fixture

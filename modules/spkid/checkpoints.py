@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -34,9 +35,51 @@ from speechbrain.utils.distributed import (
 
 from spkid.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 logger = logging.getLogger(__name__)
 
 SAVING, DELETING, UNREADABLE = "saving+", "deleting+", "unreadable+"
+
+
+def claim(folder: Path) -> None:
+    """Takes a folder for this process, until it ends, however it ends.
+
+    Two runs in one folder would write checkpoints of the same epochs, and the
+    mean of the best ones would count some twice. A record lock, since worker
+    processes don't inherit it; none on Windows, nor where none can be had.
+
+    Arguments
+    ---------
+    folder : pathlib.Path
+        Is made if it is missing.
+
+    Raises
+    ------
+    UserError
+        If another process has it.
+
+    Example
+    -------
+    >>> claim(getfixture("tmp_path"))
+    """
+    if fcntl is None:
+        return
+    handle = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Never closed: that would give the folder back.
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # who can't write there will say so
+        if handle is not None and error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"{folder}: another process is at work in it; wait until it "
+                "ends, or give another --output_folder."
+            ) from None
 
 
 def flush_folder(folder: Path) -> None:

@@ -31,7 +31,12 @@ from results import (
     write_results,
 )
 from speaker_brain import SpeakerBrain
-from spkid.checkpoints import RunState, check_identity, save_atomically
+from spkid.checkpoints import (
+    RunState,
+    check_identity,
+    claim,
+    save_atomically,
+)
 from spkid.dataio import label_encoder, make_datasets, make_loaders
 from spkid.errors import run_command, table
 from spkid.hparams import (
@@ -205,6 +210,9 @@ def train(
     corpus, pack, overrides = prepare.resolve_data(hparams_file, overrides)
     if if_main_process() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+    if if_main_process():
+        # Before the checkpointer, which clears away what is saved in part.
+        claim(Path(plain_values(hparams_file, overrides)["output_folder"]))
     hparams = load_hparams(hparams_file, overrides)
     identity = run_identity(hparams_file, overrides, hparams, run_opts, corpus)
     output = open_output(
