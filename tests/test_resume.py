@@ -23,7 +23,7 @@ from test_recipe import ROOT, TINY, same, weights
 
 import results
 import train
-from spkid.checkpoints import claim
+from spkid.checkpoints import lock_folder
 from spkid.errors import run_command
 
 pytestmark = pytest.mark.skipif(
@@ -103,7 +103,7 @@ def test_a_run_killed_at_every_edge_ends_in_the_same_bits(data, tmp_path):
 
 def test_two_runs_in_one_folder_are_refused(data, tmp_path):
     output = tmp_path / "out"
-    claim(output)  # this process has it, and train.py is another one
+    lock_folder(output)  # this process has it, and train.py is another one
     code, said = go(data, output)
     assert code == 1
     assert f"{output}: another process is at work in it; wait until" in said

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 SAVING, DELETING, UNREADABLE = "saving+", "deleting+", "unreadable+"
 
 
-def claim(folder: Path) -> None:
+def lock_folder(folder: Path) -> None:
     """Takes a folder for this process, until it ends, however it ends.
 
     Two runs in one folder would write checkpoints of the same epochs, and the
@@ -64,7 +64,7 @@ def claim(folder: Path) -> None:
 
     Example
     -------
-    >>> claim(getfixture("tmp_path"))
+    >>> lock_folder(getfixture("tmp_path"))
     """
     if fcntl is None:
         return

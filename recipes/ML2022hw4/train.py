@@ -34,7 +34,7 @@ from speaker_brain import SpeakerBrain
 from spkid.checkpoints import (
     RunState,
     check_identity,
-    claim,
+    lock_folder,
     save_atomically,
 )
 from spkid.dataio import label_encoder, make_datasets, make_loaders
@@ -212,7 +212,9 @@ def train(
         torch.distributed.barrier()
     if if_main_process():
         # Before the checkpointer, which clears away what is saved in part.
-        claim(Path(plain_values(hparams_file, overrides)["output_folder"]))
+        lock_folder(
+            Path(plain_values(hparams_file, overrides)["output_folder"])
+        )
     hparams = load_hparams(hparams_file, overrides)
     identity = run_identity(hparams_file, overrides, hparams, run_opts, corpus)
     output = open_output(
