@@ -40,14 +40,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "ML2022hw4"))
 import prepare
-from spkid.conformer import ConformerEncoder
-from spkid.dataio import label_encoder, make_datasets, make_loaders
-from spkid.embedding import SpeakerEmbedding
-from spkid.inference import UtteranceEmbedder
-from spkid.lengths import absolute_lengths
-from spkid.pooling import AttentiveStatisticsPooling
-from spkid.sessions import infer_sessions, pack_fingerprints
-from validate import Corpus, manifest, read_corpus
+from ml2022hw4_prepare import read_corpus
+from spkid.data.corpus import Corpus, manifest
+from spkid.data.dataset import label_encoder, make_datasets, make_loaders
+from spkid.evaluation.embedder import UtteranceEmbedder
+from spkid.models.conformer import ConformerEncoder
+from spkid.models.embedding import SpeakerEmbedding
+from spkid.models.masks import absolute_lengths
+from spkid.models.pooling import AttentiveStatisticsPooling
+from spkid.sessions.fingerprints import pack_fingerprints
+from spkid.sessions.infer import infer_sessions
 
 Arguments = argparse.Namespace
 

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spkid.conformer import ConformerEncoder
+from spkid.models.conformer import ConformerEncoder
 
 Times = dict[str, float | None]
 Arguments = argparse.Namespace

@@ -32,10 +32,10 @@ from pathlib import Path
 import torch
 from corpus import make_corpus
 
-from spkid import packed
-from spkid.brain import RobustBrain
+from spkid.data import pack as packed
 from spkid.errors import run_command
-from spkid.train_log import EpochLogger
+from spkid.training.brain import RobustBrain
+from spkid.training.loggers import EpochLogger
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a run does, and the function that does it.

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import prepare
+from ml2022hw4_prepare import LIMITS
 from spkid.errors import UserError, run_command
 from spkid.hparams import (
     check_values,
@@ -12,7 +13,6 @@ from spkid.hparams import (
     parse_arguments,
     plain_values,
 )
-from validate import LIMITS
 
 HPARAMS = Path(__file__).resolve().parents[1] / "hparams"
 
@@ -147,7 +147,7 @@ def test_a_folder_that_is_forbidden_costs_one_sentence(tmp_path):
 def test_a_folder_that_an_object_cannot_make_is_named(tmp_path):
     path, folder = tmp_path / "a.yaml", tmp_path / "file" / "save"
     path.write_text(
-        "checkpointer: !new:spkid.checkpoints.AtomicCheckpointer\n"
+        "checkpointer: !new:spkid.training.checkpoints.AtomicCheckpointer\n"
         f"    checkpoints_dir: {folder}\n"
     )
     (tmp_path / "file").touch()

@@ -4,18 +4,18 @@ import subprocess
 import sys
 
 YAML = """
-encoder: !new:spkid.conformer.ConformerEncoder
+encoder: !new:spkid.models.conformer.ConformerEncoder
     input_size: 80
     d_model: 32
     n_layers: 1
     n_heads: 2
     d_ff: 64
-pooling: !new:spkid.pooling.SelfAttentivePooling
+pooling: !new:spkid.models.pooling.SelfAttentivePooling
     input_size: 32
-embedding_model: !new:spkid.embedding.SpeakerEmbedding
+embedding_model: !new:spkid.models.embedding.SpeakerEmbedding
     encoder: !ref <encoder>
     pooling: !ref <pooling>
-classifier: !new:spkid.margin.AMSoftmax
+classifier: !new:spkid.models.margin.AMSoftmax
     input_size: 32
     n_speakers: 3
     margin: 0.3

@@ -107,7 +107,7 @@ def all_values(path: str | Path, overrides: str = "") -> dict:
     Example
     -------
     >>> path = getfixture("tmp_path") / "a.yaml"
-    >>> _ = path.write_text("m: !new:spkid.norm.X\\n    size: 3\\nlr: 0.1")
+    >>> _ = path.write_text("m: !new:spkid.models.layers.X\\n    size: 3\\nlr: 0.1")
     >>> before, after = all_values(path), all_values(path, "lr: 0.2")
     >>> list(before), before["m"] == after["m"], before["m"][:5]
     (['lr', 'm'], True, 'yaml ')

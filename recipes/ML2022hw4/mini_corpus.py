@@ -31,7 +31,7 @@ from scipy.signal import fftconvolve, firwin2, resample_poly
 from tqdm import tqdm
 
 from spkid.errors import UserError, run_command
-from spkid.frontend import SAMPLE_RATE, LogMel, waveform_to_features
+from spkid.features.frontend import SAMPLE_RATE, LogMel, waveform_to_features
 
 ACCENTS = """\
 en-us en-us-nyc en-029 en-gb-x-rp en-gb-x-gbclan en-gb-x-gbcwmd en-gb-scotland

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import prepare
+from ml2022hw4_prepare import read_corpus, read_json
 from results import (
     WEIGHTS,
     evaluation_settings,
@@ -24,11 +25,11 @@ from results import (
     write_submission,
 )
 from speaker_brain import SpeakerBrain
-from spkid.dataio import label_encoder, make_datasets, make_loaders
+from spkid.data.corpus import manifest
+from spkid.data.dataset import label_encoder, make_datasets, make_loaders
 from spkid.errors import UserError, run_command
+from spkid.evaluation.scores import Score, expect, load_evaluation, summarize
 from spkid.hparams import check_device, load_hparams
-from spkid.scoring import Score, expect, load_evaluation, summarize
-from validate import manifest, read_corpus, read_json
 
 # The run's loggers and checkpoints are not touched.
 UNUSED = "checkpointer: null\ntrain_logger: null"
@@ -83,7 +84,7 @@ def load_validation(
     Returns
     -------
     tuple of dict
-        As :func:`spkid.scoring.load_evaluation`; empty where nothing was kept,
+        As :func:`spkid.evaluation.scores.load_evaluation`; empty where nothing was kept,
         or was scored in another way than ``hparams`` say, as after a
         ``--test_only`` that didn't reach its end.
     """

@@ -16,15 +16,12 @@ import os
 from pathlib import Path
 
 import mini_corpus
+from ml2022hw4_prepare import LIMITS, read_corpus, unusable
+from spkid.data.corpus import Corpus
+from spkid.data.feature_file import FeatureFiles
+from spkid.data.pack import PackedFeatures
 from spkid.errors import UserError, run_command, table
 from spkid.hparams import check_values, override, plain_values
-from spkid.packed import FeatureFiles, PackedFeatures
-from validate import (
-    LIMITS,
-    Corpus,
-    read_corpus,
-    unusable,
-)
 
 logger = logging.getLogger(__name__)
 

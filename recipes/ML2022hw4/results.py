@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from spkid.checkpoints import save_atomically
-from spkid.measures import Expectation
-from spkid.scoring import Score, expect, save_evaluation
-from validate import Corpus
+from spkid.data.corpus import Corpus
+from spkid.evaluation.metrics import Expectation
+from spkid.evaluation.scores import Score, expect, save_evaluation
+from spkid.files import save_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def by_part(result: dict[str, float | None]) -> dict:
     Arguments
     ---------
     result : dict
-        From :func:`spkid.scoring.summarize_parts`.
+        From :func:`spkid.evaluation.scores.summarize_parts`.
 
     Returns
     -------
@@ -173,7 +173,7 @@ def write_results(
     write_submission(corpus, tested, output / "submission.csv")
     save_atomically(json.dumps(results, indent=1), output / "results.json")
     # Costly to import, and needed here alone.
-    from report import write_report
+    from spkid.evaluation.report.write import write_report
 
     page = write_report(output)
 

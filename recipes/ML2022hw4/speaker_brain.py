@@ -7,15 +7,15 @@ from typing import ClassVar
 import speechbrain as sb
 import torch
 
-from spkid.brain import RobustBrain
-from spkid.inference import UtteranceEmbedder
-from spkid.lengths import absolute_lengths
-from spkid.scoring import (
+from spkid.evaluation.embedder import UtteranceEmbedder
+from spkid.evaluation.scores import (
     gather_scores,
     score_batch,
     summarize,
     summarize_parts,
 )
+from spkid.models.masks import absolute_lengths
+from spkid.training.brain import RobustBrain
 
 
 class SpeakerBrain(RobustBrain):

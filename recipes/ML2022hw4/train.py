@@ -22,7 +22,7 @@ from speechbrain.dataio.dataio import load_data_json
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 import prepare
-import split
+from ml2022hw4_prepare import read_json
 from results import (
     EVALUATION,
     WEIGHTS,
@@ -31,14 +31,10 @@ from results import (
     write_results,
 )
 from speaker_brain import SpeakerBrain
-from spkid.checkpoints import (
-    RunState,
-    check_identity,
-    lock_folder,
-    save_atomically,
-)
-from spkid.dataio import label_encoder, make_datasets, make_loaders
+from spkid.data.dataset import label_encoder, make_datasets, make_loaders
 from spkid.errors import run_command, table
+from spkid.evaluation.scores import summarize, summarize_parts
+from spkid.files import lock_folder, save_atomically
 from spkid.hparams import (
     all_values,
     check_device,
@@ -47,11 +43,8 @@ from spkid.hparams import (
     parse_arguments,
     plain_values,
 )
-from spkid.scoring import (
-    summarize,
-    summarize_parts,
-)
-from validate import read_json
+from spkid.sessions import split
+from spkid.training.checkpoints import RunState, check_identity
 
 # What a run may change when it goes on: none of these moves a number.
 FREE = {

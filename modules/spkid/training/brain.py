@@ -1,0 +1,330 @@
+"""SpeechBrain's training loop, less its traps.
+
+Each override says which fault of SpeechBrain 1.1 it works around; a test in
+``tests/test_brain.py`` tells when upstream no longer has it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import sys
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+import yaml
+from speechbrain.core import INTRA_EPOCH_CKPT_FLAG
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from speechbrain.utils.distributed import if_main_process
+from torch.nn.parallel import DistributedDataParallel
+
+from spkid.distributed import gather
+from spkid.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# How the backends say that a peer is gone.
+LOST_PEER = re.compile("Connection (closed|reset)|Broken pipe|remote process")
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is Slurm's
+
+
+@register_checkpoint_hooks
+class RobustBrain(sb.Brain):
+    """A Brain whose runs can be stopped, resumed and trusted.
+
+    * SIGINT, SIGTERM and SIGUSR1 save a checkpoint and exit with 128 + the
+      signal's number; a second one exits at once.
+    * A checkpoint is also saved between an epoch's training and validation.
+    * A step whose loss or gradient isn't finite is skipped and counted;
+      ``nonfinite_patience`` such steps in a row end the run with advice.
+    * ``max_grad_norm`` clips all parameters together; 0 or less: no clipping.
+    * Batches left over at an epoch's end by gradient accumulation are used.
+    * Every utterance of a batch weighs the same, whichever rank has it, and
+      so does every utterance of an epoch in the epoch's mean loss.
+
+    Arguments are those of ``speechbrain.Brain``.
+
+    Example
+    -------
+    >>> class Doubler(RobustBrain):
+    ...     def compute_forward(self, batch, stage):
+    ...         return self.modules.model(batch[0])
+    ...     def compute_objectives(self, predictions, batch, stage):
+    ...         return (predictions - 2 * batch[0]).square().mean()
+    >>> brain = Doubler({"model": torch.nn.Linear(1, 1)},
+    ...                 lambda p: torch.optim.SGD(p, 0.1))
+    >>> brain.fit(range(1), [torch.ones(1, 4, 1)] * 3, progressbar=False)
+    >>> brain.optimizer_step
+    3
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches_per_epoch = None
+        self.skipped_steps = 0
+        self._items = self._seen = 0  # of this batch, of this epoch
+        self._skipped_in_a_row = 0
+        self._group_is_bad = False
+        self._signal = None
+
+    # --- gradient accumulation, non-finite values, clipping ---------------
+
+    def batch_size(self, batch) -> int:
+        """Items of a batch on this rank; override it for batches whose
+        ``len`` says something else."""
+        return len(batch)
+
+    def fit_batch(self, batch):
+        """One batch. SpeechBrain drops the batches after the last whole
+        group of ``grad_accumulation_factor``, back-propagates NaN, and weighs
+        ranks alike though they may have different numbers of items."""
+        factor, total = self.grad_accumulation_factor, self.batches_per_epoch
+        should_step = self._at_boundary()
+        rest = (total or 0) % factor
+        if rest and self.step > total - rest:
+            factor = rest  # the last group of an epoch is smaller
+        self.on_fit_batch_start(batch, should_step)
+        buffers = [buffer.clone() for buffer in self.modules.buffers()]
+        with self.no_sync(not should_step):
+            with self.training_ctx:
+                outputs = self.compute_forward(batch, sb.Stage.TRAIN)
+                loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
+            items, mean = self._pool(loss.detach(), self.batch_size(batch))
+            if torch.isfinite(mean):
+                # What is backpropagated is averaged over the ranks.
+                share = self.batch_size(batch) * self._n_ranks() / items
+                self.scaler.scale(loss * share / factor).backward()
+            else:
+                # Batch statistics have seen what isn't finite, too.
+                for buffer, before in zip(
+                    self.modules.buffers(), buffers, strict=True
+                ):
+                    buffer.copy_(before)
+                self._group_is_bad = True
+                self._count_skipped("loss")
+        if should_step and self._group_is_bad:
+            self.zero_grad(set_to_none=True)
+        elif should_step:
+            self.optimizers_step()
+        self._group_is_bad &= not should_step
+        self.on_fit_batch_end(batch, outputs, loss, should_step)
+        self._items = items
+        return mean
+
+    def update_average(self, loss, avg_loss):
+        """SpeechBrain's is a mean of batches, however small the last is."""
+        if self.step == 1:
+            self._seen = 0
+        if torch.isfinite(loss):
+            self._seen += self._items
+            avg_loss += (float(loss) - avg_loss) * self._items / self._seen
+        return avg_loss
+
+    def optimizers_step(self):
+        """One step. SpeechBrain clips the first parameter group alone, turns
+        the gradient round if ``max_grad_norm`` is negative, and steps on
+        infinite gradients."""
+        for optimizer in self.optimizers_dict.values():
+            self.scaler.unscale_(optimizer)
+        limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.modules.parameters(), limit)
+        if self._agree(bool(torch.isfinite(norm))):
+            self._skipped_in_a_row = 0
+        else:
+            self._count_skipped("gradient")
+        # A scaler skips such steps itself, and lowers its scale.
+        if self._skipped_in_a_row == 0 or self.scaler.is_enabled():
+            for optimizer in self.optimizers_dict.values():
+                self.scaler.step(optimizer)
+            self.scaler.update()
+        self.zero_grad(set_to_none=True)
+        self.optimizer_step += 1
+
+    def _at_boundary(self):
+        """True after the last batch of a group, where gradients are used."""
+        epoch_done = self.step == self.batches_per_epoch
+        return epoch_done or self.step % self.grad_accumulation_factor == 0
+
+    def _n_ranks(self):
+        if not self.distributed_launch:
+            return 1
+        return torch.distributed.get_world_size()
+
+    def _pool(self, mean, items):
+        """Items and mean loss over all ranks; what isn't finite on one of
+        them isn't in the mean."""
+        if not self.distributed_launch:
+            return items, mean.cpu()
+        sums = torch.tensor([items, float(mean) * items], device=self.device)
+        torch.distributed.all_reduce(sums)
+        return int(sums[0]), (sums[1] / sums[0]).cpu()
+
+    def _agree(self, fine):
+        """True if it is fine on every rank."""
+        if not self.distributed_launch:
+            return fine
+        flag = torch.tensor(float(fine), device=self.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+        return bool(flag)
+
+    def _count_skipped(self, what):
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        logger.warning(
+            "Step %d is skipped: its %s isn't finite.", self.step, what
+        )
+        if self._skipped_in_a_row > self.nonfinite_patience:
+            raise UserError(
+                f"The {what} wasn't finite in {self._skipped_in_a_row} steps "
+                "in a row: lower --lr, train with --precision fp32, or set "
+                "--max_grad_norm; the checkpoints before are unharmed."
+            )
+
+    # --- stopping and resuming --------------------------------------------
+
+    @mark_as_saver
+    def _save(self, path):
+        super()._save(path)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"skipped_steps: {self.skipped_steps}\n")
+            file.write(f"seen: {self._seen}\n")
+
+    @mark_as_loader
+    def _recover(self, path, end_of_epoch):
+        super()._recover(path, end_of_epoch)
+        state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        self.skipped_steps, self._seen = state["skipped_steps"], state["seen"]
+
+    def fit(self, epoch_counter, train_set, *args, **kwargs):
+        """As ``speechbrain.Brain.fit``; signals end it with a checkpoint."""
+        self.batches_per_epoch = len(train_set)
+        previous = {}
+        for name in STOP_SIGNALS:
+            number = getattr(signal, name, None)
+            try:
+                previous[number] = signal.signal(number, self._on_signal)
+            except (ValueError, TypeError):  # not the main thread; Windows
+                continue
+        try:
+            super().fit(epoch_counter, train_set, *args, **kwargs)
+        except RuntimeError as error:
+            message = str(error).splitlines()[0]
+            if not (self.distributed_launch and LOST_PEER.search(message)):
+                raise
+            raise UserError(
+                f"Another process of this run has ended ({message[:120]}); "
+                "see what it said, and give the same command again: it goes "
+                "on from the last checkpoint."
+            ) from None
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number, _frame):
+        if self._signal is not None:
+            sys.exit(128 + number)
+        self._signal = number
+
+    def _stop_if_asked(self):
+        """Ends the run by the signal's usual code, on all ranks at once."""
+        number = max(gather(self._signal or 0))  # not all ranks may have it
+        if not number:
+            return
+        if if_main_process():
+            logger.warning(
+                "Stopped by a signal; give the same command again to go on."
+            )
+        sys.exit(128 + number)
+
+    def _should_save_intra_epoch_ckpt(self, *args):
+        epoch_done = self.step == self.batches_per_epoch
+        stop = not self._agree(self._signal is None)
+        due = stop or super()._should_save_intra_epoch_ckpt(*args)
+        # Within a group there are gradients that no checkpoint holds.
+        return epoch_done or (due and self._at_boundary())
+
+    def _save_intra_epoch_ckpt(self):
+        if self.checkpointer is not None:
+            self._keep_last_intra_epoch()
+        self._stop_if_asked()
+
+    def _keep_last_intra_epoch(self):
+        """Saves this moment and deletes the moments before it."""
+        saved = self.checkpointer.save_checkpoint(
+            end_of_epoch=False,
+            meta={INTRA_EPOCH_CKPT_FLAG: True},
+            verbosity=logging.DEBUG,
+        )
+        self._forget_intra_epoch(saved)
+
+    def _forget_intra_epoch(self, newer):
+        """Deletes mid-epoch checkpoints once a newer one is safe."""
+        if self._agree(newer is not None or not if_main_process()):
+            self.checkpointer.delete_checkpoints(
+                num_to_keep=0,
+                ckpt_predicate=lambda c: (
+                    INTRA_EPOCH_CKPT_FLAG in c.meta
+                    and (newer is None or c.path != newer.path)
+                ),
+                verbosity=logging.DEBUG,
+            )
+
+    def save_epoch(self, meta: dict, max_key: str, num_to_keep: int) -> None:
+        """Saves an epoch's end; keeps it and the best ``num_to_keep``.
+
+        Arguments
+        ---------
+        meta : dict
+            Metrics of the epoch, as plain Python numbers.
+        max_key : str
+            The metric by which checkpoints rank, higher being better.
+        num_to_keep : int
+            So many of the best stay, beside the newest.
+        """
+        saved = self.checkpointer.save_checkpoint(meta=meta)
+        if self._agree(saved is not None or not if_main_process()):
+            self._forget_intra_epoch(saved)
+            self.checkpointer.delete_checkpoints(
+                num_to_keep=num_to_keep,
+                max_keys=[max_key],
+                importance_keys=[],
+                ckpt_predicate=lambda c: saved is None or c.path != saved.path,
+            )
+        self._stop_if_asked()
+
+    def _fit_valid(self, valid_set, epoch, enable):
+        if self.distributed_launch:
+            # Batch statistics are each rank's own after the last step.
+            for buffer in self.modules.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+        super()._fit_valid(valid_set, epoch, enable)
+        self._stop_if_asked()
+
+    def evaluate_batch(self, batch, stage):
+        """One batch; a signal ends a validation at once, since a checkpoint
+        was saved before it. Ranks, which may have different numbers of
+        batches, agree at its end."""
+        if not self.distributed_launch:
+            self._stop_if_asked()
+        self._items = self.batch_size(batch)
+        return super().evaluate_batch(batch, stage)
+
+    # --- distribution -----------------------------------------------------
+
+    def _wrap_distributed(self):
+        """SpeechBrain converts to SyncBatchNorm, which is for GPUs alone, on
+        CPUs too, where the first batch then fails."""
+        if not (self.distributed_launch and self.device_type == "cpu"):
+            super()._wrap_distributed()
+            return
+        for name, module in self.modules.items():
+            if any(p.requires_grad for p in module.parameters()):
+                self.modules[name] = DistributedDataParallel(
+                    module, find_unused_parameters=self.find_unused_parameters
+                )

@@ -1,0 +1,365 @@
+"""Tests of the report: its figures, its safety, its look in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import matplotlib
+import numpy as np
+import pytest
+from report_run import make_run
+
+from spkid.errors import UserError
+from spkid.evaluation.report import scored as report_evaluation
+from spkid.evaluation.report import write as report
+
+SECTIONS = (
+    *("Accuracy", "Training", "Accuracy by length", "Accuracy by speaker"),
+    *("Most confused", "Embedding map", "Calibration", "Sessions", "Settings"),
+)
+INPUTS = {
+    "results.json": "Accuracy",
+    "history.json": "Training",
+    "evaluation.npz": "Calibration",
+    "manifests/split_report.json": "Sessions",
+    "hyperparams.yaml": "Settings",
+}
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+POLICY = re.compile(r"<meta http-equiv.*?>", flags=re.DOTALL)
+LOOK = """<script>
+// Chromium's window has at least 500 pixels; a phone has fewer.
+document.documentElement.style.maxWidth = "WIDTHpx";
+const texts = [...document.querySelectorAll("svg")].map(svg =>
+    [...svg.querySelectorAll("text")].filter(text => text.textContent.trim()));
+const cut = [], overlaps = [];
+for (const figure of texts) for (const [i, text] of figure.entries()) {
+    const a = text.getBoundingClientRect();
+    const box = text.ownerSVGElement.getBoundingClientRect();
+    if (a.left < box.left - 1 || a.right > box.right + 1) cut.push(text);
+    for (const other of figure.slice(i + 1)) {
+        const b = other.getBoundingClientRect();
+        if (a.left < b.right && b.left < a.right && a.top < b.bottom - 1
+            && b.top < a.bottom - 1) overlaps.push(text, other);
+    }
+}
+document.title = JSON.stringify({
+    wide: Math.max(...[...document.querySelectorAll(
+        "body *:not(.scroll *, pre *, svg *, script)")].map(
+            element => element.getBoundingClientRect().right)),
+    cut: cut.map(t => t.textContent),
+    overlaps: overlaps.map(t => t.textContent)});
+</script>"""
+
+
+class Outline(HTMLParser):
+    """The tags of a page with their attributes, and the text of its cells."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.rows, self.inside = [], [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        self.inside = tag in ("td", "th")
+        if self.inside:
+            self.rows[-1].append("")
+
+    def handle_data(self, data):
+        if self.inside:
+            self.rows[-1][-1] += data.replace("\N{NO-BREAK SPACE}", " ")
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+
+def write(folder):
+    return report.write_report(folder).read_text(encoding="utf-8")
+
+
+def change(folder, **arrays):
+    with np.load(folder / "evaluation.npz") as before:
+        np.savez(folder / "evaluation.npz", **dict(before) | arrays)
+
+
+def browse(page, folder, *options):
+    """What Chromium prints of a page, and what it complains of."""
+    command = [
+        *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu"),
+        *("--disable-quic", "--no-first-run", "--disable-sync"),
+        *("--disable-background-networking", "--disable-component-update"),
+        *("--hide-scrollbars", f"--user-data-dir={folder / 'profile'}"),
+        *("--enable-logging=stderr", "--v=0", *options, page.as_uri()),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=120
+    )
+    complaints = re.findall(r".*CONSOLE.*|.*ERR_.*", done.stderr)
+    return done.stdout, complaints
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("report") / "run")
+
+
+def test_all_sections_are_there_and_the_same_run_gives_the_same_bytes(run):
+    page = write(run)
+    assert tuple(re.findall("<h2>(.*?)</h2>", page)) == SECTIONS
+    assert "is missing" not in page
+    figures = [keys for tag, keys in Outline(page).tags if tag == "svg"]
+    assert {keys["role"] for keys in figures} == {"img"}
+    assert len({keys["aria-label"] for keys in figures}) == len(figures) == 6
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) > 10
+    assert write(run) == page
+
+
+def test_headline_says_the_figures_of_results(run):
+    results = json.loads((run / "results.json").read_text())
+    page = write(run).replace("\N{NO-BREAK SPACE}", " ")
+    shown = re.findall(r"<div>([^<]*)<b>([^<]*)</b>", page)
+    expected = {k: f"{100 * v:.1f} %" for k, v in results["expected"].items()}
+    assert shown == [
+        (
+            "Accuracy, new sessions",
+            f"{100 * results['valid']['accuracy']:.1f} %",
+        ),
+        (
+            "Accuracy, known sessions",
+            f"{100 * results['known']['accuracy']:.1f} %",
+        ),
+        ("Gap, in points", f"{100 * results['gap']:+.1f}"),
+        ("Expected in the test", expected["accuracy"]),
+        (
+            "Accuracy, test utterances",
+            f"{100 * results['test']['accuracy']:.1f} %",
+        ),
+    ]
+    assert f"between {expected['low']} and {expected['high']}." in page
+
+
+def test_sessions_and_epochs_are_told(run):
+    page = write(run)
+    rows = Outline(page).rows
+    assert ["1", "2", "187", "0", "2"] in rows  # of speakers 0 and 7
+    assert ["6", "1", "95", "9", "0"] in rows  # of speaker 5
+    assert "<li>id00000: one session, nothing can be held out.</li>" in page
+    best = json.loads((run / "history.json").read_text())[-1]["valid accuracy"]
+    said = f"Best on new sessions: {100 * best:.1f} %, in epoch 20 of 20."
+    assert said in page.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_random_split_is_called_flattering(tmp_path):
+    page = write(make_run(tmp_path / "run", sizes={"random": 40}))
+    assert "Accuracy, random utterances" in page
+    assert "A flattering number: expect less" in page
+    assert "new sessions" not in page
+    assert ">unknown</th>" in page  # how many sessions the speakers have
+    assert "None" not in page
+
+
+def test_tables_count_what_was_scored(tmp_path):
+    """30 utterances of 1 s, half right; 30 of 9 s, all right but one."""
+    folder = make_run(tmp_path / "run", n_speakers=3, sizes={"new": 60})
+    target = np.repeat([0, 1], 30)
+    guess = target.copy()
+    guess[:15] = 2  # half of the short ones
+    guess[30] = 0  # one of the long ones
+    frames = np.repeat([100, 900], 30)
+    change(folder, target=target, guess=guess, frames=frames)
+    rows = Outline(write(folder)).rows
+    assert ["1.0\N{EN DASH}9.0", "50.0 % of 30"] in rows
+    assert ["9.0\N{EN DASH}9.0", "96.7 % of 30"] in rows
+    worst = [
+        ["id00000", "15 of 30", "50.0 %", "33\N{EN DASH}67 %"],
+        ["id00001", "29 of 30", "96.7 %", "83\N{EN DASH}99 %"],
+    ]
+    start = rows.index(worst[0])
+    assert rows[start : start + 2] == worst
+    pairs = [
+        ["id00000", "id00002", "15", "50.0 %"],
+        ["id00001", "id00000", "1", "3.3 %"],
+    ]
+    start = rows.index(pairs[0])
+    assert rows[start : start + 2] == pairs
+
+
+def test_calibration_is_told_in_words(tmp_path):
+    folder = make_run(tmp_path / "run", n_speakers=2, sizes={"new": 40})
+    target = np.zeros(40, dtype=int)
+    guess = (np.arange(40) >= 20).astype(int)  # half are right
+    for confidence, verdict in (
+        (0.9, "over-confident"),
+        (0.2, "under-confident"),
+        (0.5, "neither over- nor under-confident"),
+    ):
+        values = np.full(40, confidence)
+        change(folder, target=target, guess=guess, confidence=values)
+        text = write(folder).replace("\N{NO-BREAK SPACE}", " ")
+        assert f"On new sessions the model is {verdict}" in text
+        error = 100 * abs(confidence - 0.5)
+        assert f"calibration error is {error:.1f} %" in text
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_missing_file_costs_its_sections_only(tmp_path, name):
+    folder = make_run(tmp_path / "run", sizes={"new": 20})
+    (folder / name).unlink()
+    page = write(folder)
+    assert tuple(re.findall("<h2>(.*?)</h2>", page)) == SECTIONS
+    assert f"<h2>{INPUTS[name]}</h2><p>{name} is missing or empty.</p>" in page
+    others = set(INPUTS) - {name}
+    assert not any(f"{other} is missing" in page for other in others)
+
+
+def test_unlabelled_utterances_are_left_out(tmp_path):
+    folder = make_run(tmp_path / "run", sizes={"new": 20, "test": 9})
+    target = np.load(folder / "evaluation.npz")["target"]
+    target[20:] = -1
+    change(folder, target=target)
+    assert "test utterances" not in write(folder).split("Training</h2>")[1]
+    change(folder, target=np.full(29, -1))
+    assert write(folder).count("No utterance of evaluation.npz has a") == 5
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_smallest_evaluation_has_a_report(tmp_path, n):
+    """One speaker, no mistake, one epoch without validation, no name."""
+    folder = make_run(tmp_path / "run", n_speakers=1, sizes={"new": n})
+    row = {"epoch": 1, "lr": 0.1, "train loss": 1.0, "valid accuracy": None}
+    (folder / "history.json").write_text(json.dumps([row]))
+    (folder / "speakers.txt").unlink()
+    page = write(folder)
+    assert "No mistake on new sessions" in page
+    assert page.count("<svg") == 6
+
+
+@pytest.mark.parametrize("diverged", [150, 100])
+def test_diverged_run_has_a_report(tmp_path, diverged):
+    folder = make_run(tmp_path / "run", sizes={"new": 150})
+    embedding = np.load(folder / "evaluation.npz")["embedding"]
+    embedding[:diverged] = np.nan
+    change(folder, embedding=embedding, confidence=embedding[:, 0] * 0 + 0.5)
+    page = write(folder)
+    assert "expected calibration error" in page
+    assert "nan" not in page.lower().replace("finance", "")
+
+
+def test_strings_are_harmless(tmp_path):
+    folder = make_run(tmp_path / "run", n_speakers=2)
+    attack = "<script>alert(1)</script>\"'&$x_1$"
+    (folder / "speakers.txt").write_text(f"{attack}\nid1")
+    (folder / "hyperparams.yaml").write_text(attack)
+    results = json.loads((folder / "results.json").read_text())
+    results |= {"system": attack, "data_folder": attack}
+    (folder / "results.json").write_text(json.dumps(results))
+    split = {"sessions": attack, "warnings": [attack], "speakers": {}}
+    path = folder / "manifests" / "split_report.json"
+    path.write_text(json.dumps(split))
+    tags = Outline(write(folder)).tags
+    assert "script" not in {tag for tag, _ in tags}
+    assert not any(key.startswith("on") for _, keys in tags for key in keys)
+
+
+def test_page_refers_to_nothing_outside(run):
+    page = write(run)
+    for tag, attributes in Outline(page).tags:
+        for key in ("src", "href", "xlink:href", "data", "action"):
+            value = attributes.get(key, "#")
+            assert value.startswith(("#", "data:")), (tag, value)
+    urls = set(re.findall(r"https?://[^\"' <]+", page))
+    assert urls <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert "@import" not in page
+    assert all(url.startswith("#") for url in re.findall(r"url\((.*?)\)", page))
+
+
+def test_callers_matplotlib_is_left_alone(run):
+    with matplotlib.rc_context({"font.size": 33, "svg.hashsalt": "mine"}):
+        before = dict(matplotlib.rcParams)
+        page = write(run)
+        assert dict(matplotlib.rcParams) == before
+    assert write(run) == page
+
+
+def test_mistakes_are_told_in_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="no finished run is there"):
+        report.write_report(tmp_path)
+    folder = make_run(tmp_path / "run")
+    (folder / "speakers.txt").write_text("only\ntwo")
+    with pytest.raises(UserError, match=r"speakers.txt: it names 2 speakers"):
+        report.write_report(folder)
+    arrays = dict(np.load(folder / "evaluation.npz"))
+    arrays["part"] = arrays["part"].astype(object)  # would be unpickled
+    np.savez(folder / "evaluation.npz", **arrays)
+    with pytest.raises(UserError, match=r"evaluation.npz: could not be read"):
+        report.write_report(folder)
+    (folder / "history.json").write_text("[")
+    with pytest.raises(UserError, match=r"history.json: could not be read"):
+        report.write_report(folder)
+
+
+def test_map_of_many_is_a_sample_and_the_same_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_evaluation, "MAX_POINTS", 150)
+    folder = make_run(tmp_path / "run", 5, {"random": 200})
+    page = write(folder)
+    assert "t-SNE of 150 embeddings" in page
+    assert write(folder) == page
+
+
+def test_labels_are_moved_apart():
+    places = np.array([[0.0, 0], [0, 0], [0.1, 0], [5, 5]])
+    size = np.array([1.0, 0.5])
+    moved = report_evaluation.apart(places, size)
+    away = np.abs(moved[:, None] - moved)[~np.eye(4, dtype=bool)]
+    assert (away >= size).any(axis=1).all()
+    assert moved[3] == pytest.approx(places[3], abs=0.01)
+
+
+def test_full_scale_page_is_small(tmp_path):
+    sizes = {"new": 4000, "known": 4000, "test": 5000}
+    page = write(make_run(tmp_path / "run", 600, sizes))
+    assert ": 20 speakers of 600, spread from" in page
+    assert len(page) < 500_000
+
+
+@pytest.mark.skipif(not BROWSER, reason="neither chromium nor google-chrome")
+@pytest.mark.parametrize("width", [390, 1120])
+@pytest.mark.parametrize("n_speakers", [3, 60])
+def test_browser_shows_it_without_complaint(tmp_path, n_speakers, width):
+    sizes = dict.fromkeys(("new", "known", "test"), n_speakers + 10)
+    page = report.write_report(make_run(tmp_path / "run", n_speakers, sizes))
+    shot = tmp_path / "shot.png"
+    size = f"--window-size={width},1000"
+    _, complaints = browse(page, tmp_path, size, f"--screenshot={shot}")
+    assert complaints == []
+    assert shot.stat().st_size > 10_000  # an empty page has some 5 kB
+    # A copy that may run our script tells how it looks.
+    text = POLICY.sub("", page.read_text(encoding="utf-8"))
+    copy = tmp_path / "copy.html"
+    look = LOOK.replace("WIDTH", str(width))
+    copy.write_text(text.replace("</body>", f"{look}</body>"), encoding="utf-8")
+    dom, complaints = browse(copy, tmp_path, size, "--dump-dom")
+    assert complaints == []
+    look = json.loads(re.search("<title>(.*?)</title>", dom)[1])
+    assert look["cut"] == look["overlaps"] == []
+    assert look["wide"] <= width
+
+
+@pytest.mark.skipif(not BROWSER, reason="neither chromium nor google-chrome")
+@pytest.mark.parametrize("policy", [True, False])
+def test_browser_would_complain(run, tmp_path, policy):
+    """Of errors; and of all that is loaded, since the policy forbids it."""
+    fault = "<script>console.error('mine')</script><img src='missing.png'>"
+    text = write(run).replace("</body>", f"{fault}</body>")
+    copy = tmp_path / "copy.html"
+    copy.write_text(text if policy else POLICY.sub("", text), encoding="utf-8")
+    complaints = " ".join(browse(copy, tmp_path, "--dump-dom")[1])
+    assert ("missing.png" if policy else "mine") in complaints

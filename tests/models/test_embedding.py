@@ -1,0 +1,147 @@
+"""The whole embedding model: SpeechBrain's call, exactness, export."""
+
+import itertools
+
+import pytest
+import torch
+
+from spkid.models.conformer import ConformerEncoder
+from spkid.models.embedding import SpeakerEmbedding
+from spkid.models.margin import AMSoftmax
+from spkid.models.pooling import (
+    AttentiveStatisticsPooling,
+    FirstFramePooling,
+    MeanPooling,
+    SelfAttentivePooling,
+)
+from spkid.models.transformer import TransformerEncoder
+
+D = 24
+ENCODERS = {
+    "conformer": lambda: ConformerEncoder(40, D, 2, 2, 32),
+    "transformer": lambda: TransformerEncoder(40, D, d_ff=32),
+}
+POOLINGS = (
+    MeanPooling,
+    FirstFramePooling,
+    SelfAttentivePooling,
+    AttentiveStatisticsPooling,
+)
+
+
+def make(encoder="conformer", pooling=AttentiveStatisticsPooling, **options):
+    torch.manual_seed(0)
+    return SpeakerEmbedding(ENCODERS[encoder](), pooling(D), **options)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "pooling"), itertools.product(ENCODERS, POOLINGS)
+)
+@pytest.mark.parametrize("pad", [0.0, -20.0, 1e4, float("nan")])
+def test_an_embedding_does_not_depend_on_its_batch(encoder, pooling, pad):
+    """Through SpeechBrain's relative lengths, rounding included."""
+    model = make(encoder, pooling, embedding_size=8).eval()
+    lengths = [1, 23, 29, 7, 3]
+    utterances = [torch.randn(n, 40) for n in lengths]
+    batch = torch.full((5, 29, 40), pad)
+    for row, utterance in zip(batch, utterances, strict=True):
+        row[: len(utterance)] = utterance
+    with torch.no_grad():
+        together = model(batch, torch.tensor(lengths) / 29)
+        shuffled = model(batch.flip(0), torch.tensor(lengths[::-1]) / 29)
+        assert together.shape == (5, 1, 8)
+        assert (together - shuffled.flip(0)).abs().max() <= 1e-5
+        for row, utterance in zip(together, utterances, strict=True):
+            assert (row - model(utterance[None])[0]).abs().max() <= 1e-5
+
+
+def test_the_course_model_has_its_125896_parameters():
+    from spkid.models.margin import LinearSoftmax
+
+    model = SpeakerEmbedding(
+        TransformerEncoder(40), MeanPooling(80), batch_norm=False
+    )
+    head = LinearSoftmax(80, 600, hidden_size=80)
+    count = sum(p.numel() for m in (model, head) for p in m.parameters())
+    assert count == 125_896
+
+
+def test_bfloat16_autocast_gives_finite_close_embeddings():
+    model, x = make(embedding_size=8).eval(), torch.randn(2, 50, 40)
+    lengths = torch.tensor([0.4, 1.0])
+    with torch.no_grad():
+        exact = model(x, lengths)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(x, lengths)
+    cosine = torch.cosine_similarity(exact.float(), half.float(), dim=-1)
+    assert (cosine > 0.995).all()
+
+
+@pytest.mark.parametrize("position", ["none", "rope", "relative"])
+@pytest.mark.parametrize("conv_norm", ["layer", "batch"])
+def test_a_bfloat16_training_step_is_finite(position, conv_norm):
+    encoder = ConformerEncoder(
+        40,
+        D,
+        2,
+        2,
+        48,
+        dropout=0.1,
+        position=position,
+        conv_norm=conv_norm,
+        subsampling=2,
+        aggregate=True,
+        drop_path=0.2,
+    )
+    pooling = AttentiveStatisticsPooling(encoder.output_size)
+    model, head = SpeakerEmbedding(encoder, pooling), AMSoftmax(4 * D, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        embeddings = model(torch.randn(3, 20, 40), torch.tensor([1, 0.5, 0.1]))
+        loss = -head(embeddings, torch.tensor([[0], [1], [2]])).mean()
+    loss.backward()
+    for parameter in (*model.parameters(), *head.parameters()):
+        assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("position", ["none", "rope", "relative"])
+@pytest.mark.parametrize("subsampling", [1, 2])
+def test_exported_program_gives_the_same_for_any_shape(position, subsampling):
+    torch.manual_seed(0)
+    encoder = ConformerEncoder(
+        40, D, 2, 2, 32, position=position, subsampling=subsampling
+    )
+    model = SpeakerEmbedding(encoder, AttentiveStatisticsPooling(D)).eval()
+    batch, frames = torch.export.Dim("batch"), torch.export.Dim("frames", min=9)
+    program = torch.export.export(
+        model,
+        (torch.randn(3, 50, 40), torch.tensor([0.5, 1.0, 0.3])),
+        dynamic_shapes=({0: batch, 1: frames}, {0: batch}),
+    ).module()
+    for shape in ((2, 31), (5, 777)):
+        x, lengths = torch.randn(*shape, 40), torch.rand(shape[0]) / 2 + 0.5
+        with torch.no_grad():
+            difference = program(x, lengths) - model(x, lengths)
+        assert difference.abs().max() <= 1e-5
+
+
+def test_training_step_reaches_every_parameter():
+    model = make(embedding_size=8, dropout=0.1).train()
+    head = AMSoftmax(8, 5)
+    log_posteriors = head(
+        model(torch.randn(4, 20, 40), torch.tensor([1.0, 0.5, 0.2, 0.05])),
+        torch.tensor([[0], [1], [2], [3]]),
+    )
+    (-log_posteriors.mean()).backward()
+    for name, parameter in (
+        *model.named_parameters(),
+        *head.named_parameters(),
+    ):
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_no_random_number_is_drawn_in_evaluation():
+    model = make(embedding_size=8).eval()
+    before = torch.get_rng_state()
+    model(torch.randn(2, 20, 40, generator=torch.Generator()))
+    assert torch.equal(before, torch.get_rng_state())
