@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
 """Speed and memory of spkid's data path at the HW4 data's true scale.
 
-Makes, once, a set of random log-mels in the form of the data (64,666 files,
-42.5 million frames, 6.8 GB; ``--fraction`` of it on smaller machines), then
-compares in one run, by turns, medians: crops of an epoch from a torch.load
-for each file and from the pack; building the pack and plainly reading the
-files' bytes; a test pass one by one and in batches by length; the start of
-training and resident memory at growing sizes. The last line is JSON.
+Makes random log-mels in the form of the data (64,666 files, 42.5 million
+frames, 6.8 GB; ``--fraction`` of it on smaller machines), then times, taking
+turns: an epoch of crops from a torch.load for each file and from the pack;
+building the pack, and reading the files' bytes; a test pass one by one and in
+batches by length; the start of training at growing sizes, with resident
+memory; and session inference. Times are medians; the last line is JSON.
 
     python benchmarks/data_speed.py --fraction 0.015625
     python benchmarks/data_speed.py --folder /somewhere/with/14/GB
     python benchmarks/data_speed.py --measures test --device cuda
 
-Everything is read from a warm cache if memory suffices for it.
+Everything is read from a warm cache if the memory is large enough for it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,17 +39,25 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "ML2022hw4"))
-import prepare
 from ml2022hw4_prepare import read_corpus
-from spkid.data.corpus import Corpus, manifest
-from spkid.data.dataset import label_encoder, make_datasets, make_loaders
-from spkid.evaluation.embedder import UtteranceEmbedder
-from spkid.models.conformer import ConformerEncoder
-from spkid.models.embedding import SpeakerEmbedding
-from spkid.models.masks import absolute_lengths
-from spkid.models.pooling import AttentiveStatisticsPooling
-from spkid.sessions.fingerprints import pack_fingerprints
-from spkid.sessions.infer import infer_sessions
+from spkid.data import (
+    Corpus,
+    FeatureDataset,
+    PackedFeatures,
+    label_encoder,
+    manifest,
+    open_features,
+    train_loader,
+)
+from spkid.features import UtteranceNorm
+from spkid.inference import SpeakerIdentifier
+from spkid.models import (
+    AMSoftmax,
+    AttentiveStatisticsPooling,
+    ConformerEncoder,
+    SpeakerEmbedding,
+)
+from spkid.sessions import infer_sessions, pack_fingerprints
 
 Arguments = argparse.Namespace
 
@@ -67,7 +75,7 @@ QUANTILES = {
 
 
 def make_set(folder: Path, fraction: float) -> Path:
-    """Writes the set, unless it is there; a speaker has a mean spectrum."""
+    """Writes the set if it is missing; a speaker has a mean spectrum."""
     if (folder / "testdata.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,12 +114,17 @@ def make_set(folder: Path, fraction: float) -> Path:
 
 
 def read_set(folder: Path, share: float = 1.0) -> Corpus:
-    """The set's corpus, or a part of its utterances spread over it."""
-    corpus = read_corpus(folder)
+    """The set's corpus, or a share of its utterances spread over it."""
+    corpus, _ = read_corpus(folder)
     step = round(1 / share)
-    corpus.labelled = corpus.labelled[::step]
-    corpus.test = corpus.test[::step]
-    return corpus
+    return replace(
+        corpus, labelled=corpus.labelled[::step], test=corpus.test[::step]
+    )
+
+
+def open_pack(corpus: Corpus, folder: Path) -> PackedFeatures:
+    """The corpus's pack in a folder of packs; builds it if need be."""
+    return open_features(corpus, folder)[0]
 
 
 class Course(torch.utils.data.Dataset):
@@ -143,39 +156,24 @@ def collate_course(batch: list) -> tuple[torch.Tensor, torch.Tensor]:
     return padded, torch.tensor(speakers)
 
 
-def pack_loaders(
-    corpus: Corpus,
-    pack: object,
-    workers: int = 0,
-    on_device: bool = False,
-) -> dict:
-    """spkid's loaders: an epoch of crops, the test utterances by length."""
+def pack_loader(
+    corpus: Corpus, pack: PackedFeatures, workers: int = 0
+) -> Iterable:
+    """spkid's loader: an epoch of crops."""
     counter = EpochCounter(1)
     next(counter)
-    hparams = {
-        "seed": 0,
-        "segment_frames": CROP,
-        "epoch_counter": counter,
-        "batch_size": BATCH,
-        "num_workers": workers,
-        "pack_on_device": on_device,
-        "sampler": "all",
-        "bucket_batches": 1,
-        "max_frames_per_batch": 16000,
-        "equal_length_batches": False,
-    }
-    manifests = {
-        "train": manifest(corpus.labelled),
-        "test": manifest(corpus.test),
-    }
-    encoder = label_encoder(corpus.speakers)
-    return make_loaders(
-        hparams, make_datasets(hparams, manifests, pack, encoder)
+    dataset = FeatureDataset(
+        manifest(corpus.labelled),
+        pack,
+        label_encoder(corpus.speakers),
+        segment_frames=CROP,
+        epoch_counter=counter,
     )
+    return train_loader(dataset, batch_size=BATCH, seed=0, num_workers=workers)
 
 
 def alternate(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median seconds of calls that take turns; slow ones have one turn."""
+    """Median seconds of calls that take turns; slow ones get one turn."""
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -195,7 +193,7 @@ def ratio(over: float, under: float) -> float:
     return round(over / under, 2)
 
 
-def exhaust(loader: object) -> None:
+def exhaust(loader: Iterable) -> None:
     """Draws all batches."""
     for _ in loader:
         pass
@@ -203,15 +201,14 @@ def exhaust(loader: object) -> None:
 
 def measure_crops(corpus: Corpus, args: Arguments) -> dict:
     """One epoch of crops, read in five ways."""
-    pack = prepare.pack_corpus(corpus, args.packs)
-    on_device = prepare.pack_corpus(corpus, args.packs)
-    on_device.to(args.device)
-    # An epoch is of what isn't held out for validation.
+    pack = open_pack(corpus, args.packs)
+    on_device = open_pack(corpus, args.packs).to(args.device)
+    # As many as are held out for validation are left out.
     corpus = replace(
         corpus, labelled=corpus.labelled[round(VALID * args.fraction) :]
     )
     print(f"An epoch: {len(corpus.labelled):,} crops of {CROP}", flush=True)
-    course = {
+    loaders = {
         f"torch.load, {workers} workers": torch.utils.data.DataLoader(
             Course(corpus),
             BATCH,
@@ -221,12 +218,11 @@ def measure_crops(corpus: Corpus, args: Arguments) -> dict:
         )
         for workers in (0, 2)
     }
-    ours = {
-        "pack, 0 workers": pack_loaders(corpus, pack),
-        "pack, 2 workers": pack_loaders(corpus, pack, 2),
-        f"pack on {args.device}": pack_loaders(corpus, on_device, 0, True),
+    loaders |= {
+        "pack, 0 workers": pack_loader(corpus, pack),
+        "pack, 2 workers": pack_loader(corpus, pack, 2),
+        f"pack on {args.device}": pack_loader(corpus, on_device),
     }
-    loaders = course | {name: both["train"] for name, both in ours.items()}
     exhaust(loaders["pack, 0 workers"])  # the cache is warmed
     calls = {n: (lambda it=it: exhaust(it)) for n, it in loaders.items()}
     seconds = alternate(calls, args.rounds)
@@ -241,22 +237,22 @@ def measure_crops(corpus: Corpus, args: Arguments) -> dict:
 
 
 def read_bytes(corpus: Corpus) -> None:
-    """Plainly reads each file."""
-    for utterance in corpus.labelled + corpus.test:
+    """Reads each file's bytes."""
+    for utterance in corpus.utterances:
         (corpus.folder / utterance.path).read_bytes()
 
 
 def measure_build(corpus: Corpus, args: Arguments) -> dict:
-    """Building the pack, plainly reading, and reading all by torch.load."""
+    """Building the pack, reading the bytes, and a torch.load of each file."""
     print("Building the pack", flush=True)
     place = args.packs / "built"
 
     def build() -> None:
         shutil.rmtree(place, ignore_errors=True)
-        prepare.pack_corpus(corpus, place)
+        open_pack(corpus, place)
 
     def load() -> None:
-        for utterance in corpus.labelled + corpus.test:
+        for utterance in corpus.utterances:
             torch.load(corpus.folder / utterance.path, weights_only=True)
 
     read_bytes(corpus)
@@ -287,39 +283,33 @@ def measure_test(corpus: Corpus, args: Arguments) -> dict:
     """The test utterances one by one and in batches, by the same model."""
     print(f"A test pass: {len(corpus.test):,} utterances", flush=True)
     torch.manual_seed(0)
-    model = SpeakerEmbedding(
-        ConformerEncoder(BANDS, d_model=64, n_layers=2, n_heads=4, d_ff=256),
-        AttentiveStatisticsPooling(64),
-        embedding_size=64,
+    identifier = SpeakerIdentifier(
+        UtteranceNorm(),
+        SpeakerEmbedding(
+            ConformerEncoder(BANDS, 64, n_layers=2, n_heads=4, d_ff=256),
+            AttentiveStatisticsPooling(64),
+            embedding_size=64,
+        ),
+        AMSoftmax(64, SPEAKERS),
+        corpus.speakers,
     )
-    model = model.to(args.device).eval()
-    classes = torch.randn(64, SPEAKERS, device=args.device)
-    pack = prepare.pack_corpus(corpus, args.packs)
-    passes = []
-
-    def measured(x: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
-        passes.append(x.shape[0] * x.shape[1])
-        return model(x, relative)
-
-    embedder = UtteranceEmbedder(measured, 16000)
-    one, many = {}, {}
+    identifier.to(args.device).eval()
+    pack = open_pack(corpus, args.packs)
+    passes, one, many = [], {}, {}
+    identifier.embedding_model.register_forward_pre_hook(
+        lambda _, inputs: passes.append(inputs[0].shape[:2].numel())
+    )
 
     @torch.inference_mode()
     def one_by_one() -> None:
         for utterance in corpus.test:
             path = corpus.folder / utterance.path
             mel = torch.load(path, weights_only=True)[None].to(args.device)
-            scores = model(mel - mel.mean(dim=1, keepdim=True))[0, 0] @ classes
-            one[utterance.path] = int(scores.argmax())
+            one[utterance.path] = int(identifier.classify(mel).argmax())
 
-    @torch.inference_mode()
     def bucketed() -> None:
-        for batch in pack_loaders(corpus, pack)["test"]:
-            x, relative = batch.to(args.device).feats
-            x = x - batch.statistics.data[:, :1]
-            lengths = absolute_lengths(relative, x.shape[1])
-            guesses = (embedder(x, lengths).squeeze(1) @ classes).argmax(1)
-            many.update(zip(batch.id, guesses.tolist(), strict=True))
+        scored = identifier.score(pack, manifest(corpus.test))
+        many.update(zip(scored.id, scored.guess, strict=True))
 
     calls = {"one by one": one_by_one, "in batches": bucketed}
     seconds = alternate(calls, 1 if args.device == "cpu" else args.rounds)
@@ -327,14 +317,14 @@ def measure_test(corpus: Corpus, args: Arguments) -> dict:
         "seconds": seconds,
         "batches_times_faster": ratio(*seconds.values()),
         "utterances": len(one),
-        "equal_predictions": sum(one[name] == many[name] for name in one),
+        "equal_predictions": sum(int(one[name] == many[name]) for name in one),
         "longest_utterance": max(u.length for u in corpus.test),
         "most_frames_in_a_pass": max(passes),
     }
 
 
 def own_mib() -> float:
-    """Memory of this process and its children beside the page cache."""
+    """Memory of this process and its children, without the page cache."""
     total = 0
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
     for process in (str(os.getpid()), *children.split()):
@@ -345,7 +335,7 @@ def own_mib() -> float:
 
 
 def start_training(args: Arguments) -> dict:
-    """In a process of its own: the start on a built pack, and an epoch."""
+    """Time to the first batch on a built pack, and memory in an epoch."""
     before = own_mib()
     begin = time.perf_counter()
     laps = {}
@@ -355,10 +345,10 @@ def start_training(args: Arguments) -> dict:
 
     corpus = read_set(args.set, args.share)
     lap("JSON and checks")
-    pack = prepare.pack_corpus(corpus, args.packs)
+    pack = open_pack(corpus, args.packs)
     lap("pack")
-    loader = pack_loaders(corpus, pack, args.workers)["train"]
-    lap("datasets and loaders")
+    loader = pack_loader(corpus, pack, args.workers)
+    lap("dataset and loader")
     batches = iter(loader)
     next(batches)
     lap("first batch")
@@ -368,7 +358,7 @@ def start_training(args: Arguments) -> dict:
         if number % 50 == 0:
             peak = max(peak, own_mib())
     return {
-        "utterances": len(corpus.labelled) + len(corpus.test),
+        "utterances": len(corpus.utterances),
         "start_s": round(started, 3),
         "laps": laps,
         "loader_mib": round(peak - before, 1),
@@ -377,9 +367,9 @@ def start_training(args: Arguments) -> dict:
 
 
 def find_sessions(args: Arguments) -> dict:
-    """In a process of its own: the sessions of the labelled utterances."""
+    """Infers the sessions of the labelled utterances; time and memory."""
     corpus = read_set(args.set)
-    pack = prepare.pack_corpus(corpus, args.packs)
+    pack = open_pack(corpus, args.packs)
     pack.file.with_name("fingerprints.npy").unlink(missing_ok=True)
     peak, done = [], threading.Event()
 
@@ -406,17 +396,19 @@ def find_sessions(args: Arguments) -> dict:
     }
 
 
+def in_own_process(*options: object) -> dict:
+    """The figures that this script prints with hidden options."""
+    command = [sys.executable, __file__, *map(str, options)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def measure_sessions(_: Corpus, args: Arguments) -> dict:
     """Session inference from a built pack."""
     print("Inferring the sessions", flush=True)
-    command = [sys.executable, __file__, "--sessions-of", str(args.set)]
-    done = subprocess.run(
-        [*command, "--packs", str(args.packs)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = in_own_process("--sessions-of", args.set, "--packs", args.packs)
     print(f"  {found}", flush=True)
     return found
 
@@ -426,17 +418,12 @@ def measure_growth(_: Corpus, args: Arguments) -> dict:
     print("Start of training on a built pack, loader memory", flush=True)
     figures = {}
     for share in (1 / 16, 1 / 4, 1):
-        prepare.pack_corpus(read_set(args.set, share), args.packs)
+        open_pack(read_set(args.set, share), args.packs)
         for workers in (0, 2):
-            command = [sys.executable, __file__, "--start-of", str(args.set)]
-            command += ["--packs", str(args.packs), "--share", str(share)]
-            done = subprocess.run(
-                [*command, "--workers", str(workers)],
-                capture_output=True,
-                text=True,
-                check=True,
+            found = in_own_process(
+                *("--start-of", args.set, "--packs", args.packs),
+                *("--share", share, "--workers", workers),
             )
-            found = json.loads(done.stdout.splitlines()[-1])
             figures[f"{share:g} of the set, {workers} workers"] = found
             print(
                 f"  {found['utterances']:>6} utterances, {workers} workers: "
@@ -486,8 +473,8 @@ def main() -> None:
         corpus = read_set(args.set)
         figures = {
             "fraction": args.fraction,
-            "utterances": len(corpus.labelled) + len(corpus.test),
-            "frames": sum(u.length for u in corpus.labelled + corpus.test),
+            "utterances": len(corpus.utterances),
+            "frames": sum(u.length for u in corpus.utterances),
             "device": args.device,
             "threads": args.threads,
             "cores": len(os.sched_getaffinity(0)),

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
 """Speed and memory of spkid's Conformer beside other libraries'.
 
-All models have the same sizes and a linear prenet, live in one process and
-take turns call by call, so that a machine's noise hits all alike. Times are
-medians (``--statistic min`` where others use the machine); the last line of
-output is JSON. SpeechBrain's and torchaudio's models are there with spkid,
-lucidrains' need ``pip install --no-deps conformer einops``.
+All models have the same sizes and a linear prenet, share one process and take
+turns call by call, so that a machine's noise affects all alike. Times are
+medians (``--statistic min`` where others use the machine, too); the last line
+is JSON. SpeechBrain's and torchaudio's models are installed with spkid;
+lucidrains' needs ``pip install --no-deps conformer einops``.
 
     python benchmarks/model_speed.py --quick
     python benchmarks/model_speed.py --measures step utterance
     python benchmarks/model_speed.py --device cuda --dropout 0
 
-Two differences remain. SpeechBrain and torchaudio apply the dropout to
-attention weights, too, which spkid by default doesn't: ``--dropout 0``
-compares without it. And torchaudio demands lengths, so it always masks.
+Two differences remain. SpeechBrain and torchaudio also apply dropout to the
+attention weights, which spkid by default doesn't: ``--dropout 0`` compares
+without it. And torchaudio requires lengths, so it always masks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spkid.models.conformer import ConformerEncoder
+from spkid.models import ConformerEncoder
 
 Times = dict[str, float | None]
 Arguments = argparse.Namespace
@@ -161,7 +161,7 @@ def evaluation(
 
 
 def milliseconds(call: Callable, device: str) -> float:
-    """Duration of one call, by the card's own clock where there is one."""
+    """Duration of one call, by the GPU's own clock if there is a GPU."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -296,7 +296,7 @@ def measure_memory(names: list[str], args: Arguments) -> dict:
     at_long, at_longest, left_out = {}, {}, {}
     for name in names:
         at_long[name] = extra_memory(name, long, args)
-        # Tables of frames x frames grow so; what has none stays far below.
+        # Tables of frames x frames grow so; models without them use far less.
         expected = (at_long[name] or math.inf) * (longest / long) ** 2
         if name in OURS or expected < LIMIT_MIB:
             at_longest[name] = extra_memory(name, longest, args)
@@ -379,7 +379,7 @@ def parse() -> Arguments:
     args.utilisation_batch = args.utilisation_batch or (512 if card else 8)
     args.rounds = args.rounds or (2 if args.quick else 9)
     args.long_frames = (500, 1000) if args.quick else (2000, 7193)
-    # Of a processor the rate of matmuls says little.
+    # On a CPU the rate of matmuls says little.
     args.measures = args.measures or MEASURES[: 5 if card else 4]
     args.models = args.models or [*OURS, *OTHERS]
     if "lucidrains" in args.models and not find_spec("conformer"):

@@ -7,7 +7,7 @@ Each run trains a tiny system with dropout, augmentation, a random number of
 loader workers, and with or without gradient accumulation. It is killed by
 SIGKILL one to three times: at a random time, or at a random call of a chosen
 function (in a step, in validation, while packing, saving, renaming, deleting
-or logging). It goes on by the same command, and its final weights and its log
+or logging). The same command resumes it, and its final weights and its log
 are compared, bit for bit, with those of a run that nobody disturbed. Ends with
 one line of JSON.
 """
@@ -21,7 +21,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,18 +28,22 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.extend(  # where it is started as a command
+    str(Path(__file__).resolve().parents[1] / place)
+    for place in ("tests/recipe", "recipes/ML2022hw4")
+)
+
 import torch
 from corpus import make_corpus
+from harness import ROOT, Running, same, start, train_arguments, weights
 
-from spkid.data import pack as packed
-from spkid.errors import run_command
-from spkid.training.brain import RobustBrain
-from spkid.training.loggers import EpochLogger
+import train
+from spkid.data import build
+from spkid.training import EpochLogger, RobustBrain
 
-ROOT = Path(__file__).resolve().parents[1]
 # What a run does, and the function that does it.
 ACTS = {
-    "packing": (packed, "load_feature_file"),
+    "packing": (build, "load_feature_file"),
     "step": (RobustBrain, "fit_batch"),
     "optimiser": (RobustBrain, "optimizers_step"),
     "validation": (RobustBrain, "evaluate_batch"),
@@ -48,6 +51,7 @@ ACTS = {
     "renaming": (os, "replace"),
     "deleting": (shutil, "rmtree"),
     "logging": (EpochLogger, "log_stats"),
+    "submission": (train, "write_submission"),
 }
 # Calls of it until the end of a run that nobody disturbs, about.
 CALLS = {
@@ -59,19 +63,12 @@ CALLS = {
     "renaming": 60,
     "deleting": 40,
     "logging": 6,
+    "submission": 1,
 }
 OPTIONS = [
-    "--d_model=24",
-    "--n_layers=1",
-    "--n_heads=2",
-    "--d_ff=32",
-    "--embedding_size=16",
-    "--segment_frames=16",
-    "--batch_size=4",
     "--number_of_epochs=6",
     "--split=random",
     "--ckpt_interval_minutes=0",
-    "--noprogressbar",
 ]
 
 
@@ -122,42 +119,12 @@ def die() -> None:
     os.killpg(os.getpid(), signal.SIGKILL)
 
 
-def child(arguments: list[str]) -> None:
-    """train.py, which is to die: ACT COUNT AFTER, then its arguments."""
-    sys.path.insert(0, str(ROOT / "recipes" / "ML2022hw4"))
-    import train
-
-    act, count, after, *arguments = arguments
-    at(act, int(count), die, after == "True")
-    train.main(arguments)
-
-
-def start(yaml: Path, data: Path, output: Path, more: list[str], fate=()):
-    """A training process, its output in a file beside the results; its fate:
-    ACT, COUNT and AFTER of :func:`at`."""
-    program = (
-        [__file__, "child", *map(str, fate)]
-        if fate
-        else [str(ROOT / "train.py")]
-    )
-    output.mkdir(exist_ok=True)
-    with open(output / "said.txt", "a") as said:
-        return subprocess.Popen(
-            [
-                sys.executable,
-                *program,
-                str(yaml),
-                f"--data_folder={data}",
-                f"--output_folder={output}",
-                f"--pack_folder={output}/packs",
-                *OPTIONS,
-                *more,
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-        )
+def begin(
+    yaml: Path, data: Path, output: Path, more: list[str], fate=None
+) -> Running:
+    """A training process, and its fate: ACT, COUNT and AFTER of :func:`at`."""
+    arguments = train_arguments(data, output, *OPTIONS, *more)
+    return start("train", [str(yaml), *arguments[1:]], fate=fate)
 
 
 def moment(output: Path) -> str:
@@ -173,22 +140,9 @@ def moment(output: Path) -> str:
     return next(found, "before the first checkpoint")
 
 
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    """The tested weights of a finished run."""
-    found = {}
-    for path in sorted((output / "model").glob("*.ckpt")):
-        found |= torch.load(path, weights_only=True)
-    return found
-
-
 def log(output: Path) -> str:
     """A run's lines, one for each epoch."""
     return (output / "train_log.txt").read_text()
-
-
-def said(output: Path) -> str:
-    """All that a run's processes printed."""
-    return (output / "said.txt").read_text()
 
 
 def chaos(runs: int, seed: int, folder: Path) -> dict:
@@ -214,13 +168,14 @@ def chaos(runs: int, seed: int, folder: Path) -> dict:
     @functools.cache
     def calm(factor):
         """Weights, log and seconds of a run that nobody disturbs."""
-        begun, output = time.monotonic(), folder / f"calm-{factor}"
+        began, output = time.monotonic(), folder / f"calm-{factor}"
         more = [f"--grad_accumulation_factor={factor}"]
-        assert start(yaml, data, output, more).wait() == 0, said(output)
-        return weights(output), log(output), time.monotonic() - begun
+        done = begin(yaml, data, output, more).wait()
+        assert done.returncode == 0, done.stderr
+        return weights(output), log(output), time.monotonic() - began
 
     result = {"runs": runs, "kills": 0, "lost": 0, "different": 0}
-    moments = Counter()
+    moments: Counter[str] = Counter()
     for number in range(runs):
         output, factor = folder / f"run-{number}", draw.choice([1, 2])
         expected, lines, duration = calm(factor)
@@ -230,41 +185,30 @@ def chaos(runs: int, seed: int, folder: Path) -> dict:
             f"--grad_accumulation_factor={factor}",
         ]
         for _ in range(draw.randint(1, 3)):
-            fate, limit = (), draw.uniform(0.3, 1.0) * duration
+            fate, limit = None, draw.uniform(0.1, 1.0) * duration
             if draw.random() < 0.7:
                 act = draw.choice(list(ACTS))
                 count = draw.randint(1, CALLS[act])
                 fate, limit = (act, count, draw.random() < 0.5), None
-            process = start(yaml, data, output, more, fate)
-            try:
-                # Little of interest happens in the first third: imports.
-                process.wait(limit)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            if process.returncode == -signal.SIGKILL:
+            done = begin(yaml, data, output, more, fate).wait(limit)
+            if done.returncode == -signal.SIGKILL:
                 result["kills"] += 1
                 moments[fate[0] if fate else f"random: {moment(output)}"] += 1
             else:  # it was quicker
-                assert process.returncode == 0, said(output)
-        if start(yaml, data, output, more).wait() != 0:
+                assert done.returncode == 0, done.stderr
+        done = begin(yaml, data, output, more).wait()
+        if done.returncode != 0:
             result["lost"] += 1
-            print(said(output)[-2000:])
+            print(done.stderr[-2000:])
             continue
-        found = weights(output)
-        same = found.keys() == expected.keys() and all(
-            torch.equal(found[key], expected[key]) for key in expected
-        )
-        result["different"] += not (same and log(output) == lines)
+        equal = same(weights(output), expected) and log(output) == lines
+        result["different"] += not equal
         print(f"{number + 1}/{runs} {result} {dict(moments)}", flush=True)
     return {**result, "moments": dict(moments)}
 
 
 def main() -> None:
     """Reads the arguments and prints the result."""
-    if sys.argv[1:2] == ["child"]:
-        run_command(lambda arguments: child(arguments[1:]))
-        return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)

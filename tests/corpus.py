@@ -8,6 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from spkid.data import (
+    Corpus,
+    FeatureFiles,
+    PackedFeatures,
+    Utterance,
+    open_features,
+)
+from spkid.errors import Problem
+
 N_MELS = 40
 
 
@@ -66,3 +75,13 @@ def make_corpus(
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content))
     return folder
+
+
+def features_of(
+    files: tuple[Path, dict], packs: Path, dtype: str = "float16"
+) -> tuple[PackedFeatures | FeatureFiles, list[Problem]]:
+    """Packs a folder's files, by name and matrix."""
+    folder, mels = files
+    utterances = tuple(Utterance(name, len(m)) for name, m in mels.items())
+    corpus = Corpus(folder, N_MELS, test=utterances)
+    return open_features(corpus, packs, pack_dtype=dtype, progress=False)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import adjusted_rand_score
 from variants import SYSTEM
 
-import prepare
-from ml2022hw4_prepare import read_corpus
+from ml2022hw4_prepare import prepare
 from spkid.errors import UserError
-from spkid.hparams import plain_values
-from spkid.sessions.fingerprints import pack_fingerprints
-from spkid.sessions.hold_out import hold_out
-from spkid.sessions.infer import Sessions, infer_sessions, known_sessions
-from spkid.sessions.split import written_sessions
+from spkid.hparams import Settings
+from spkid.sessions import (
+    Sessions,
+    hold_out,
+    infer_sessions,
+    known_sessions,
+    pack_fingerprints,
+    written_sessions,
+)
 
 
 def session_scores(
@@ -37,38 +41,33 @@ def session_scores(
     dict
         The adjusted Rand index (Hubert and Arabie, 1985), mean over the
         speakers who have two or more sessions, in the order of the lists and
-        shuffled; and in both the share of the utterances held out as by
-        default whose true session is in part left to training.
+        shuffled; and for both orders, the share of the held-out utterances
+        whose true session is also trained on.
 
     Raises
     ------
     UserError
-        If nobody wrote down the sessions.
+        If the folder doesn't say its sessions.
     """
-    corpus = read_corpus(folder)
+    corpus, features = prepare(folder, pack_folder=pack_folder)
     names, _ = written_sessions(corpus)
     if names is None:
         raise UserError(
-            f"{folder / 'sessions.json'}: is missing; without true sessions "
-            "there is nothing to score against."
+            f"{folder / 'sessions.json'}: is missing; add it, or name a data "
+            "folder that has one."
         )
-    pack = prepare.pack_corpus(corpus, pack_folder)
     speakers = [u.speaker for u in corpus.labelled]
     true = known_sessions(names, speakers)
-    prints = pack_fingerprints(pack, [u.path for u in corpus.labelled])
-    share = plain_values(SYSTEM)["valid_fraction"]
-    found, total = infer_sessions(prints, true.speaker), {}
-
-    def add(name, value):
-        total[name] = total.get(name, 0) + value / seeds
-
+    prints = pack_fingerprints(features, [u.path for u in corpus.labelled])
+    share = Settings(SYSTEM).values["valid_fraction"]
+    found, total = infer_sessions(prints, true.speaker), Counter()
     for seed in range(1, seeds + 1):
         shuffled = _shuffled(prints, true, seed)
         for order, one in {"in order": found, "shuffled": shuffled}.items():
-            add(f"ARI, {order}", _mean_rand_index(one, true))
             held = hold_out(one, share, seed)
-            add(f"shared, {order}", _shared(held, true))
-    return total
+            total[f"ARI, {order}"] += _mean_rand_index(one, true) / seeds
+            total[f"shared, {order}"] += _shared(held, true) / seeds
+    return dict(total)
 
 
 def _shuffled(prints, true, seed):

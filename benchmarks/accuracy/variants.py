@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -12,33 +13,31 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ml2022hw4_prepare import read_json
 from spkid.errors import UserError
+from spkid.evaluation import PARTS, Evaluation
 from spkid.evaluation.metrics import expected_accuracy
-from spkid.files import save_atomically
+from spkid.files import read_json, save_atomically
 
-HERE = Path(__file__).resolve().parent
-SYSTEM = HERE / "hparams" / "conformer.yaml"
-PARTS = {
-    "known": "known sessions",
-    "new": "new sessions",
-    "random": "random utterances",
-    "expected": "expected in the test",
-    "test": "test",
-    "by speaker": "test, by speaker",
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "recipes" / "ML2022hw4" / "train.py"
+SYSTEM = ROOT / "hparams" / "conformer.yaml"
+# What is known of a run, and how the tables name it.
+COLUMNS = {part: PARTS[part].name for part in ("known", "new", "random")}
+COLUMNS |= {
+    "expected": "estimate from confidence",
+    "test": PARTS["test"].name,
+    "by speaker": f"{PARTS['test'].name}, by speaker",
 }
-# What all the trained runs share: a small, quick Conformer.
+# What all trained runs share: a small, quick Conformer.
 SMALL = {"d_model": 64, "d_ff": 256, "n_layers": 2, "segment_frames": 128}
 WIDTHS = {str(d): {"d_model": d, "d_ff": 4 * d} for d in (80, 128, 256, 512)}
 SEGMENTS = {str(n): {"segment_frames": n} for n in (32, 64, 128, 256)}
-# Changes of the YAML file's text: what stands there, and what shall.
+# Changes of the YAML file's text: old to new.
 AUGMENT = {
     "    # channel:": "    channel:",
     "    # masking:": "    masking:",
 }
-MEAN_POOLING = {
-    "pooling.AttentiveStatisticsPooling": "pooling.MeanPooling",
-}
+MEAN_POOLING = {"AttentiveStatisticsPooling": "MeanPooling"}
 VARIANTS = {
     "default size": {"d_model": 144, "d_ff": 576, "n_layers": 4},
     "small": {},
@@ -52,8 +51,10 @@ VARIANTS = {
     "few epochs": {"number_of_epochs": 3},
 }
 
+Runs = dict[tuple[str, str, str, int], Path]
 
-def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
+
+def train_runs(args: argparse.Namespace, variants: dict[str, dict]) -> Runs:
     """Trains each variant on each data folder with each split and seed; those
     that are finished stay as they are.
 
@@ -72,9 +73,9 @@ def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
     Raises
     ------
     UserError
-        If a run fails, or one of other data is in its place.
+        If a run fails, or its folder holds a run on other data.
     """
-    _check(args)
+    _check_data(args.data_folder)
     runs, jobs = {}, []
     for data in args.data_folder:
         for split in args.split:
@@ -82,17 +83,9 @@ def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
                 for seed in range(1, args.seeds + 1):
                     key = (data.name, name, _label(args, split), seed)
                     place = args.folder / "runs" / _slug(args, changes)
-                    place /= "-".join(map(str, (data.name, split, seed)))
-                    runs[key] = place
-                    if not (place / "results.json").exists():
-                        jobs.append((data, changes, split, seed, place))
-                        continue
-                    of = read_json(place / "results.json")["data_folder"]
-                    if Path(of).resolve() != data.resolve():
-                        raise UserError(
-                            f"{place}: is a run on {of}, not on {data}; give "
-                            "another --folder."
-                        )
+                    runs[key] = place / f"{data.name}-{split}-{seed}"
+                    if not _is_finished(runs[key], data):
+                        jobs.append((data, changes, split, seed, runs[key]))
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
     with (
         tqdm(total=len(jobs), desc="Training", unit="run") as bar,
@@ -102,28 +95,40 @@ def train_runs(args, variants: dict[str, dict]) -> dict[tuple, Path]:
         for done in as_completed(futures):
             done.result()
             bar.update()
-    broken = [
-        run for run in runs.values() if not (run / "results.json").exists()
-    ]
-    if broken:
-        raise UserError(
-            f"{broken[0]}: the run failed; its last words are in "
-            f"{_beside(broken[0], 'log')}."
-        )
+    for *_, run in jobs:
+        if not (run / "results.json").exists():
+            raise UserError(
+                f"{run}: the run failed; see its error in "
+                f"{_beside(run, 'log')}."
+            )
     return runs
 
 
-def _check(args):
-    """What would be found out only after hours of training."""
-    names = [data.name for data in args.data_folder]
-    if len(set(names)) < len(names):
-        raise UserError("--data_folder: two have one name; rename one.")
-    for data in args.data_folder:
+def _check_data(folders):
+    """Raises UserError for what only hours of training would show."""
+    if len({data.name for data in folders}) < len(folders):
+        raise UserError(
+            "--data_folder: two folders have the same name; rename one."
+        )
+    for data in folders:
         if data.is_dir() and not (data / "testlabels.json").exists():
             raise UserError(
-                f"{data / 'testlabels.json'}: is missing; validations can't be "
-                "compared to a test whose speakers nobody knows."
+                f"{data / 'testlabels.json'}: is missing; add it, or name data "
+                "whose test speakers are known."
             )
+
+
+def _is_finished(run, data):
+    """Whether a run has its results; UserError if they are of other data."""
+    if not (run / "results.json").exists():
+        return False
+    found = read_json(run / "results.json")["data_folder"]
+    if Path(found).resolve() != data.resolve():
+        raise UserError(
+            f"{run}: holds a run on {found}, not on {data}; give another "
+            "--folder."
+        )
+    return True
 
 
 def _beside(run, suffix):
@@ -156,12 +161,12 @@ def _train(args, threads, data, changes, split, seed, output):
     changes = {"number_of_epochs": args.epochs, **SMALL, **changes}
     for old, new in changes.pop("text", {}).items():
         if old not in text:
-            raise UserError(f"{SYSTEM}: {old!r} doesn't stand there.")
+            raise UserError(
+                f"{SYSTEM}: {old.strip()!r} is missing; restore it."
+            )
         text = text.replace(old, new)
-    output.parent.mkdir(parents=True, exist_ok=True)
     system = _beside(output, "yaml")
     save_atomically(text, system)
-    command = [sys.executable, str(HERE / "train.py"), str(system)]
     options = {
         "data_folder": data,
         "output_folder": output,
@@ -172,6 +177,7 @@ def _train(args, threads, data, changes, split, seed, output):
         "precision": args.precision,
         **changes,
     }
+    command = [sys.executable, str(TRAIN), str(system)]
     for key, value in options.items():
         if value is not None:
             command += [f"--{key}", str(value)]
@@ -186,39 +192,35 @@ def _train(args, threads, data, changes, split, seed, output):
 
 
 def accuracies(run: Path) -> dict[str, float]:
-    """Accuracy on each part of a run, over the speakers whom both the held-out
-    utterances and the test cover: of what is validated on, the mean over
-    speakers, as in training; of the test as it is scored, over utterances,
-    and "by speaker", too; and what was expected of those test utterances."""
-    keys = ("part", "target", "guess", "confidence")
-    with np.load(run / "evaluation.npz") as evaluation:
-        part, target, guess, confidence = (evaluation[key] for key in keys)
-    right, held_out = target == guess, np.isin(part, ("new", "random"))
-    both = np.intersect1d(target[part == "test"], target[held_out])
+    """Accuracies of a run by the keys of ``COLUMNS``, over the speakers who
+    have both held-out and test utterances.
+
+    Accuracies are means over speakers, as in training, except the test's,
+    which is one over utterances; "expected" is its estimate.
+    """
+    table = Evaluation.load(run / "evaluation.npz")
+    held_out, test = table.of_part("new", "random"), table.of_part("test")
+    both = np.intersect1d(test.target, held_out.target)
     if not len(both):
         raise UserError(
             f"{run}: no speaker has both held-out and test utterances, so they "
-            "can't be compared."
+            "can't be compared; name other data."
         )
-    covered = np.isin(target, both)
-    result = {}
-    for name in ("known", "new", "random", "test"):
-        chosen = covered & (part == name)
-        if chosen.any():
-            who = target[chosen]
-            result[name] = float(
-                np.mean(
-                    [right[chosen][who == s].mean() for s in both if s in who]
-                )
-            )
-    result["by speaker"] = result["test"]
-    held_out, test = covered & held_out, covered & (part == "test")
-    result["test"] = float(right[test].mean())
+    table, held_out, test = (
+        one.select(np.isin(one.target, both)) for one in (table, held_out, test)
+    )
+    result = {
+        part: table.of_part(part).accuracy(by_speaker=True)
+        for part in ("known", "new", "random")
+        if len(table.of_part(part))
+    }
+    result["test"] = test.accuracy()
+    result["by speaker"] = test.accuracy(by_speaker=True)
     result["expected"] = expected_accuracy(
-        confidence[held_out],
-        right[held_out],
-        target[held_out],
-        confidence[test],
-        guess[test],
+        held_out.confidence,
+        held_out.right,
+        held_out.target,
+        test.confidence,
+        test.guess,
     ).accuracy
     return result

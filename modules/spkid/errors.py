@@ -1,11 +1,12 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 from __future__ import annotations
 
 import errno
 import logging
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class UserError(Exception):
-    """A mistake in the input that its user can mend.
+    """An error in the input that its user can fix.
 
     The message is one sentence that names the file, the key and the cure;
     the recipe's commands print it alone, without a traceback.
@@ -37,16 +38,7 @@ class Problem(NamedTuple):
     cure: str
 
     def sentence(self, folder: Path) -> str:
-        """The problem as the message of a :class:`UserError`.
-
-        Arguments
-        ---------
-        folder : pathlib.Path
-            Where the file is.
-
-        Returns
-        -------
-        str
+        """The problem in one sentence; ``folder`` is where its file is.
 
         Example
         -------
@@ -59,18 +51,14 @@ class Problem(NamedTuple):
 
 
 def table(problems: Iterable[Problem], limit: int | None = 20) -> str:
-    """Problems one below the other, in columns.
+    """Problems in columns, a row each.
 
     Arguments
     ---------
     problems : iterable of Problem
         Those to show.
     limit : int, optional
-        So many rows at most, and the others are counted; None: all.
-
-    Returns
-    -------
-    str
+        Shows this many rows and counts the others; None: shows all.
 
     Example
     -------
@@ -89,35 +77,77 @@ def table(problems: Iterable[Problem], limit: int | None = 20) -> str:
     return "\n".join(lines)
 
 
-def stop_for(problems: Iterable[Problem], folder: Path) -> None:
-    """Raises UserError if there is a problem: all of them, in one message.
+class DataError(UserError):
+    """Everything that is wrong in a data folder, in one message.
 
     Arguments
     ---------
     problems : iterable of Problem
-        What was found.
+        At least one.
     folder : pathlib.Path
-        Where.
+        Where their files are.
 
     Example
     -------
-    >>> stop_for([], Path("data"))
+    >>> error = DataError([Problem("a.pt", "", "is empty", "remove it")],
+    ...                   Path("data"))
+    >>> str(error), len(error.problems)
+    ('data/a.pt: is empty; remove it.', 1)
     """
-    problems = list(problems)
-    if len(problems) == 1:
-        raise UserError(problems[0].sentence(folder))
-    if problems:
-        raise UserError(
-            f"{folder}: {len(problems):,} problems.\n{table(problems)}"
-        )
+
+    def __init__(
+        self, problems: Iterable[Problem] | str, folder: str | Path = ""
+    ) -> None:
+        self.folder = Path(folder)
+        if isinstance(problems, str):  # as a DataLoader remakes a worker's
+            self.problems = []
+            super().__init__(problems)
+            return
+        self.problems = list(problems)
+        if len(self.problems) == 1:
+            message = self.problems[0].sentence(self.folder)
+        else:
+            message = f"{folder}: {len(self.problems):,} problems.\n"
+            message += table(self.problems)
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.problems, self.folder)
+
+
+def raise_for(problems: Iterable[Problem], folder: Path) -> None:
+    """Raises DataError if there is a problem.
+
+    Example
+    -------
+    >>> raise_for([], Path("data"))
+    """
+    if problems := list(problems):
+        raise DataError(problems, folder)
+
+
+def one_of(value: object, choices: Sequence[object], key: str) -> None:
+    """Raises UserError unless a key's value is one of its choices.
+
+    Example
+    -------
+    >>> one_of("skp", ("stop", "skip"), "on_bad_file")
+    Traceback (most recent call last):
+    ...
+    spkid.errors.UserError: on_bad_file='skp' must be stop or skip.
+    """
+    if value not in choices:
+        *most, last = map(str, choices)
+        words = f"{', '.join(most)} or {last}" if most else last
+        raise UserError(f"{key}={value!r} must be {words}.")
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Runs a command's main function; ends the process as a user expects.
+    """Runs a command's main function and ends the process as users expect.
 
-    A :class:`UserError` is printed alone, with exit code 1, and so is a full
-    disk or a place that is forbidden; Ctrl-C ends with 130. Anything else is a
-    defect of ours and keeps its traceback.
+    A :class:`UserError`, a full disk or a forbidden folder is one sentence
+    with exit code 1; Ctrl-C exits with 130. Anything else is a bug of ours
+    and keeps its traceback.
 
     Arguments
     ---------
@@ -134,20 +164,20 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except UserError as error:
         # One of a loader's worker arrives with the worker's traceback.
-        sentence = str(error).rpartition(f"{UserError.__name__}: ")[2]
+        sentence = re.split(r"spkid\.errors\.\w+: ", str(error))[-1]
         sys.exit(f"Error: {sentence.strip()}")
     except OSError as error:
         if error.errno in FORBIDDEN and error.filename:
             sys.exit(
                 f"Error: {error.filename}: {error.strerror}; name another "
-                "folder, or have this one opened to you."
+                "folder, or change its permissions."
             )
         if error.errno not in FULL:
             raise
         sys.exit(
             f"Error: {error.filename or 'a file'}: could not be written "
             f"({error.strerror}); free some space and give the same command "
-            "again: it goes on from the last checkpoint."
+            "again: it resumes from the last checkpoint."
         )
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,305 +1,407 @@
-"""Reading a HyperPyYAML file so that mistakes in it cost one sentence."""
+"""A HyperPyYAML file and its overrides: read once, checked before data."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import json
-import re
-from dataclasses import replace
+import io
+import pydoc
+from collections.abc import Iterable
+from math import inf
 from pathlib import Path
+from typing import Any
 
-import speechbrain as sb
+import ruamel.yaml
 import torch
-import yaml
 from hyperpyyaml import load_hyperpyyaml, resolve_references
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from speechbrain.core import RunOptions
 
-from spkid.errors import FULL, UserError
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Reads scalars and lists; whatever has a tag becomes None."""
-
-
-_PlainLoader.add_multi_constructor("!", lambda loader, tag, node: None)
-# HyperPyYAML reads YAML 1.2, where 1e-3 is a number; PyYAML reads 1.1.
-_PlainLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
+from spkid.errors import FULL, UserError, one_of
+from spkid.keys import (
+    DECIDED_BY_DATA,
+    FLAG,
+    FREE,
+    KEYS,
+    OBJECT,
+    SCORING,
+    TEXT,
+    Range,
 )
-KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
-EQUALS = "\ue000"  # no character of any script
+
+LESS = "\ue000"  # stands for "<" in a text that holds no reference
+PLAIN_TAGS = {
+    f"tag:yaml.org,2002:{kind}"
+    for kind in ("str", "int", "float", "bool", "null", "map", "seq")
+}
 
 
-def parse_arguments(arguments: list[str]) -> tuple[str, RunOptions, str]:
-    """``sb.parse_arguments``, where a value may hold a "=": by itself it
-    makes a space of it, so that results went to another folder.
+class _Options(RunOptions):
+    """SpeechBrain's options, which leaves the YAML file's keys as they are:
+    its own takes them for YAML, where " #" begins a comment."""
+
+    @staticmethod
+    def _convert_to_yaml(overrides):
+        return overrides
+
+
+def parse_arguments(
+    arguments: list[str],
+) -> tuple[str, RunOptions, dict[str, str]]:
+    """As ``sb.parse_arguments``, but values are texts, whatever they hold.
 
     Arguments
     ---------
-    arguments : list
+    arguments : list of str
         The command line without the script's name.
 
     Returns
     -------
     tuple
-        The YAML file, SpeechBrain's options, and the overrides as YAML text.
+        The YAML file, SpeechBrain's options, and texts by the file's keys.
+
+    Raises
+    ------
+    UserError
+        If a key is given twice or without a value.
 
     Example
     -------
-    >>> parse_arguments(["a.yaml", "--output_folder", "runs/lr=0.1"])[2]
-    'output_folder: runs/lr=0.1'
+    >>> parse_arguments(["a.yaml", "--output_folder", "voices #2"])[2]
+    {'output_folder': 'voices #2'}
     """
-    safe = []
-    for argument in arguments:
-        key, equals, value = "", "", argument
-        if argument.startswith("--"):
-            key, equals, value = argument.partition("=")
-        safe.append(key + equals + value.replace("=", EQUALS))
-    path, options, overrides = sb.parse_arguments(safe)
-    path, overrides = (x.replace(EQUALS, "=") for x in (path, overrides))
-    return path, replace(options, param_file=path), overrides
+    path, options, rest = _Options.from_command_line_args(arguments)
+    given: dict[str, str] = {}
+    key = ""
+    for word in rest:
+        if word.startswith("--"):
+            key, _, value = word[2:].partition("=")
+            if key in given:
+                raise UserError(f"--{key} is given twice; keep one.")
+            given[key] = value
+        elif not key:
+            raise UserError(f"{word!r} must be of the form --key=value.")
+        else:
+            given[key] = f"{given[key]} {word}".lstrip()
+    for key, value in given.items():
+        if not value:
+            raise UserError(f"--{key} has no value; give one, or null.")
+    return path, options, given
 
 
-def override(overrides: str, values: dict) -> str:
-    """Overrides with other values for some keys.
-
-    Arguments
-    ---------
-    overrides : str
-        YAML text, as :func:`parse_arguments` makes it.
-    values : dict
-        Keys and the values that they shall have.
-
-    Returns
-    -------
-    str
-
-    Example
-    -------
-    >>> override("seed: 1\\nlr: 0.1", {"lr": 0.2})
-    'seed: 1\\nlr: 0.2'
-    """
-    kept = [
-        line
-        for line in overrides.splitlines()
-        if line.partition(":")[0] not in values
-    ]
-    kept += [f"{key}: {json.dumps(value)}" for key, value in values.items()]
-    return "\n".join(kept)
-
-
-def all_values(path: str | Path, overrides: str = "") -> dict:
-    """All that a HyperPyYAML file says, for telling two runs apart.
-
-    Arguments
-    ---------
-    path, overrides
-        As in :func:`plain_values`.
-
-    Returns
-    -------
-    dict
-        The plain values, then "yaml " and a digest for each object.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "a.yaml"
-    >>> _ = path.write_text("m: !new:spkid.models.layers.X\\n    size: 3\\nlr: 0.1")
-    >>> before, after = all_values(path), all_values(path, "lr: 0.2")
-    >>> list(before), before["m"] == after["m"], before["m"][:5]
-    (['lr', 'm'], True, 'yaml ')
-    """
-    plain = plain_values(path, overrides)
-    text = Path(path).read_text(encoding="utf-8")
-    root = yaml.compose(resolve_references(text, overrides), _PlainLoader)
-    digests = {}
-    for key, value in root.value:
-        if "!" in value.tag:
-            content = yaml.serialize(value).encode()
-            digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-            digests[key.value] = f"yaml {digest}"
-    plain = {key: value for key, value in plain.items() if key not in digests}
-    return plain | digests
-
-
-def plain_values(
-    path: str | Path, overrides: str = "", only_given: bool = False
-) -> dict:
-    """The plain values of a HyperPyYAML file; no object of it is made.
+class Settings:
+    """A HyperPyYAML file with some of its keys overridden.
 
     Arguments
     ---------
     path : str or pathlib.Path
         The file.
-    overrides : str
-        YAML text of top-level keys to replace, as :func:`parse_arguments`
-        makes it from the command line.
-    only_given : bool
-        Only the overrides themselves.
-
-    Returns
-    -------
-    dict
-        Keys and values, references resolved; None for each object.
+    overrides : dict
+        Top-level keys and their values. A text is taken as it is for a key
+        that holds a text, and otherwise read as YAML.
 
     Raises
     ------
     UserError
-        If the file cannot be read, or has no such key to override.
+        If the file can't be read, or lacks a key that is overridden.
 
     Example
     -------
     >>> path = getfixture("tmp_path") / "a.yaml"
-    >>> _ = path.write_text("lr: 0.1\\ndouble: !ref <lr> * 2\\nm: !new:int")
-    >>> plain_values(path, "lr: 0.2")
-    {'lr': 0.2, 'double': 0.4, 'm': None}
+    >>> _ = path.write_text("lr: 0.1\\ndouble: !ref <lr> * 2\\n"
+    ...                     "half: !new:fractions.Fraction [1, 2]")
+    >>> settings = Settings(path, {"lr": "0.2"})
+    >>> settings.values
+    {'lr': 0.2, 'double': 0.4, 'half': None}
+    >>> settings.build()["half"]
+    Fraction(1, 2)
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{path}: the hyperparameter file can't be read "
-            f"({error.strerror}); see the folder hparams/ for those there are."
-        ) from None
-    try:
-        known = yaml.load(text, _PlainLoader) or {}
-        given = yaml.load(overrides, _PlainLoader) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({error}).") from None
-    if not isinstance(given, dict):
-        raise UserError(
-            f"'{overrides}' isn't of the form --key=value; see {path} for keys."
-        )
-    if empty := re.search(r"^(\w+): *$", overrides, re.MULTILINE):
-        raise UserError(f"--{empty[1]} has no value; give one, or null.")
-    names = re.findall(r"^(\w+):", overrides, re.MULTILINE)
-    for key in given:
-        if names.count(key) > 1:
-            raise UserError(f"--{key} is given twice; keep one.")
+
+    def __init__(
+        self, path: str | Path, overrides: dict[str, Any] | None = None
+    ) -> None:
+        self.path = Path(path)
+        try:
+            with open(path, encoding="utf-8") as file:
+                known = _values(file.read())
+                self.overrides = {
+                    key: self._read(key, value, known)
+                    for key, value in (overrides or {}).items()
+                }
+                file.seek(0)  # the file itself says where !include looks
+                resolved = resolve_references(file, _hide(self.overrides))
+            self._set_text(resolved.getvalue().replace(LESS, "<"))
+        except OSError as error:
+            raise UserError(
+                f"{path}: the hyperparameter file can't be read "
+                f"({error.strerror}); hparams/ holds those there are."
+            ) from None
+        except UserError:
+            raise
+        except Exception as error:  # of YAML, of a reference
+            raise UserError(f"{path}: not valid YAML ({error}).") from None
+
+    @classmethod
+    def of_run(cls, folder: str | Path) -> Settings:
+        """The settings that a run has saved; nothing is resolved again."""
+        settings = cls.__new__(cls)
+        settings.path = Path(folder) / "hyperparams.yaml"
+        settings.overrides = {}
+        try:
+            settings._set_text(settings.path.read_text(encoding="utf-8"))
+        except (OSError, ruamel.yaml.YAMLError, ValueError) as error:
+            raise UserError(
+                f"{settings.path}: can't be read ({error}); name the "
+                "--output_folder of a finished run."
+            ) from None
+        return settings
+
+    def replace(self, **overrides: Any) -> Settings:
+        """The same file with other values for some keys."""
+        return Settings(self.path, self.overrides | overrides)
+
+    def without(self, *keys: str) -> Settings:
+        """The same file, these keys not overridden."""
+        left = {k: v for k, v in self.overrides.items() if k not in keys}
+        return Settings(self.path, left)
+
+    def _set_text(self, text: str) -> None:
+        self.text, self.values = text, _values(text)
+        self._nodes = _nodes(text)
+
+    def _read(self, key: str, value: Any, known: dict[str, Any]) -> Any:
+        """An override as the value that the YAML file would have."""
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean --{near[0]}?" if near else "see its keys."
-            raise UserError(f"{path}: has no key '{key}' to override; {hint}")
-        _check_kind(key, given[key], type(known[key]))
-    if only_given:
-        return given
-    try:
-        resolved = resolve_references(text, overrides)
-    except Exception as error:
-        raise UserError(f"{path}: {error}") from None
-    return yaml.load(resolved, _PlainLoader)
+            raise UserError(
+                f"{self.path}: has no key '{key}' to override; {hint}"
+            )
+        if not isinstance(value, str):
+            return value
+        default = known[key]
+        text = key in KEYS and KEYS[key].allowed == TEXT
+        if text or isinstance(default, str):
+            nothing = text and default is None and value == "null"
+            return None if nothing else value
+        try:
+            read = ruamel.yaml.YAML(typ="safe", pure=True).load(value)
+        except ruamel.yaml.YAMLError:
+            raise UserError(f"--{key}={value}: not valid YAML.") from None
+        kinds = {bool: FLAG, int: "a whole number", float: "a number"}
+        kind = type(default)
+        if kind in kinds and type(read) not in (
+            (int, float) if kind is float else (kind,)
+        ):
+            raise UserError(f"--{key}={value} must be {kinds[kind]}.")
+        return read
+
+    def check(self, n_processes: int = 1) -> None:
+        """Raises UserError for whatever is wrong with a value.
+
+        Nothing of the data is looked at, and no folder is made: the objects
+        are built once, on trial, except those that write.
+
+        Arguments
+        ---------
+        n_processes : int
+            Processes that share a batch.
+        """
+        for key in DECIDED_BY_DATA:
+            if key in self.overrides:
+                raise UserError(f"--{key} is set by the data; remove it.")
+        values = self.values
+        for key, value in values.items():
+            if key not in KEYS or KEYS[key].allowed == OBJECT:
+                continue
+            allowed, blamed = KEYS[key].allowed, f"{self.path}: {key}"
+            if isinstance(allowed, Range):
+                allowed.check(value, blamed)
+            elif isinstance(allowed, tuple):
+                one_of(value, allowed, blamed)
+            elif allowed == FLAG:
+                one_of(value, (True, False), blamed)
+            elif not isinstance(value, str | None):
+                raise UserError(f"{blamed}={value} must be a text; quote it.")
+        for key, highest, what in (
+            ("fold", values.get("n_folds", inf) - 1, "n_folds - 1"),
+            ("window_hop", values.get("window_frames", inf), "window_frames"),
+        ):
+            if values.get(key, 0) > highest:
+                raise UserError(
+                    f"{self.path}: {key}={values[key]} must be at most "
+                    f"{what}={highest}."
+                )
+        if values.get("batch_size", n_processes) < n_processes:
+            raise UserError(
+                f"{self.path}: batch_size={values['batch_size']} must be at "
+                f"least {n_processes}, an utterance for each process."
+            )
+        with torch.random.fork_rng(devices=[]):
+            self.build(
+                key
+                for key in self._nodes
+                if not key.startswith("__")
+                and not (key in KEYS and KEYS[key].allowed == OBJECT)
+            )
+
+    def build(self, keys: Iterable[str] | None = None) -> dict[str, Any]:
+        """Makes the objects of the file, or of some of its keys.
+
+        Returns
+        -------
+        dict
+            Keys and values or objects.
+
+        Raises
+        ------
+        UserError
+            If an object refuses its values, or can't make its folder.
+        """
+        text = self.text
+        if keys is not None:
+            text = _serialize({key: self._nodes[key] for key in keys})
+        try:
+            return load_hyperpyyaml(text) if text else {}
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+            raise UserError(
+                f"{error.filename}: {error.strerror}; name another one."
+                if error.filename
+                else f"{self.path}: {error}"
+            ) from None
+        except Exception as error:  # whatever an object says of its values
+            raise UserError(f"{self.path}: {error}") from None
+
+    def build_modules(self, keys: Iterable[str]) -> dict[str, torch.nn.Module]:
+        """Makes torch modules, and calls nothing else that the file names.
+
+        So a stranger's file can't run code. No random number is drawn.
+
+        Raises
+        ------
+        UserError
+            If a key is missing, or names anything but a torch module.
+        """
+        nodes = {}
+        for key in keys:
+            if key not in self._nodes:
+                raise UserError(
+                    f"{self.path}: key '{key}' is missing; an older version "
+                    "wrote it, or it isn't a run of this recipe: train again."
+                )
+            nodes[key] = self._nodes[key]
+            _check_only_modules(nodes[key], self.path)
+        with torch.random.fork_rng(devices=[]):
+            return self.build(nodes)
+
+    def fixed(self, test_only: bool = False) -> dict[str, Any]:
+        """What a resumed run may not change: plain values, and "yaml " with a
+        digest for each object.
+
+        Arguments
+        ---------
+        test_only : bool
+            Nothing is trained, so that scoring may change, too.
+        """
+        free = {FREE, SCORING} if test_only else {FREE}
+        found = {}
+        for key, node in self._nodes.items():
+            if key in KEYS and KEYS[key].change in free:
+                continue
+            found[key] = self.values[key]
+            if not isinstance(node, ScalarNode) or node.tag not in PLAIN_TAGS:
+                content = _serialize({key: node}).encode()
+                digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+                found[key] = f"yaml {digest}"
+        return found
+
+    def scoring(self) -> dict[str, Any]:
+        """How utterances are scored; confidences compare only if it is the
+        same."""
+        return {
+            key: self.values.get(key)
+            for key, (_, change) in KEYS.items()
+            if change == SCORING
+        }
 
 
-def _check_kind(key, value, kind):
-    """A value is of the kind that the YAML file's own one has."""
-    kinds = (int, float) if kind is float else (kind,)
-    if kind in KINDS and type(value) not in kinds:
-        raise UserError(f"--{key}={value} must be {KINDS[kind]}.")
-
-
-def check_values(
-    path: str | Path, values: dict, limits: dict[str, tuple[float, float]]
-) -> None:
-    """Raises UserError for a number out of its limits or a folder that is
-    none.
-
-    Arguments
-    ---------
-    path : str or pathlib.Path
-        The YAML file that is to blame.
-    values : dict
-        From :func:`plain_values`.
-    limits : dict
-        Key to the lowest and the highest value, both allowed; floats: any
-        number between them. Keys that the file lacks don't matter.
+def check_run_options(options: RunOptions) -> None:
+    """Raises UserError for a device or a precision that can't be used here.
 
     Example
     -------
-    >>> check_values("a.yaml", {"lr": 0.1}, {"lr": (0.0, 1.0)})
-    """
-    for key, (low, high) in limits.items():
-        value = values.get(key)
-        if value is None:
-            continue
-        kind = float if isinstance(low + high, float) else int
-        _check_kind(key, value, kind)
-        if not low <= value <= high:
-            raise UserError(
-                f"{path}: {key}={value} isn't in [{low}, {high}]; correct it "
-                f"there, or give another --{key}."
-            )
-    for key, value in values.items():
-        if key.endswith("_folder") and not isinstance(value, str | None):
-            raise UserError(
-                f"{path}: {key}={value} is no path; write ./{value} if it is."
-            )
-
-
-def check_device(name: str) -> None:
-    """Raises UserError for a device that can't be used here.
-
-    Arguments
-    ---------
-    name : str
-        As PyTorch names it.
-
-    Raises
-    ------
-    UserError
-        If not one number can be put there.
-
-    Example
-    -------
-    >>> check_device("cpu")
+    >>> check_run_options(RunOptions(device="cpu"))
     """
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=options.device)
     except Exception as error:  # each backend has its own
         why = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(
-            f"--device {name}: can't be used here ({why}); give another one, "
-            "as cpu."
+            f"--device {options.device}: can't be used here ({why}); give "
+            "another one, as cpu."
         ) from None
-
-
-def load_hparams(path: str | Path, overrides: str = "") -> dict:
-    """Makes a HyperPyYAML file's objects.
-
-    Arguments
-    ---------
-    path, overrides
-        As in :func:`plain_values`.
-
-    Returns
-    -------
-    dict
-        Keys and objects.
-
-    Raises
-    ------
-    UserError
-        If an object refuses its values, or can't make its folder.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "a.yaml"
-    >>> _ = path.write_text("m: !new:fractions.Fraction [1, 2]")
-    >>> load_hparams(path)["m"]
-    Fraction(1, 2)
-    """
-    plain_values(path, overrides)
-    try:
-        with open(path, encoding="utf-8") as file:
-            return load_hyperpyyaml(file, overrides)
-    except OSError as error:
-        if error.errno in FULL:
-            raise
-        named = f"{error.filename}: {error.strerror}; name another one."
+    if str(options.device).startswith("cpu") and options.precision == "fp16":
         raise UserError(
-            named if error.filename else f"{path}: {error}"
-        ) from None
-    except Exception as error:  # whatever an object says of its values
-        raise UserError(f"{path}: {error}") from None
+            "--precision fp16 needs a GPU; give fp32 or bf16 on a CPU."
+        )
+
+
+class _Reader(ruamel.yaml.constructor.SafeConstructor):
+    """Reads plain values; an object, whatever it is, becomes None."""
+
+
+_Reader.add_multi_constructor("!", lambda *_: None)
+
+
+def _values(text: str) -> dict[str, Any]:
+    """Keys and plain values of a YAML text."""
+    reader = ruamel.yaml.YAML(typ="safe", pure=True)
+    reader.Constructor = _Reader
+    values = reader.load(text) or {}
+    if not isinstance(values, dict):
+        raise ValueError("it must hold keys and values")
+    return values
+
+
+def _nodes(text: str) -> dict[str, Node]:
+    """Keys of a YAML text and what they hold, with tags and references."""
+    root = ruamel.yaml.YAML(pure=True).compose(text)
+    return {key.value: node for key, node in root.value} if root else {}
+
+
+def _serialize(nodes: dict[str, Node]) -> str:
+    """YAML text of these keys; what they share stays shared."""
+    pairs = [
+        (ScalarNode("tag:yaml.org,2002:str", key), node)
+        for key, node in nodes.items()
+    ]
+    text = io.StringIO()
+    root = MappingNode("tag:yaml.org,2002:map", pairs)
+    ruamel.yaml.YAML(pure=True).serialize(root, text)
+    return text.getvalue()
+
+
+def _hide(values: dict[str, Any]) -> dict[str, Any]:
+    """Texts in which "<" doesn't begin a reference."""
+    return {
+        key: value.replace("<", LESS) if isinstance(value, str) else value
+        for key, value in values.items()
+    }
+
+
+def _check_only_modules(node: Node, path: Path) -> None:
+    """Raises UserError if a node names anything but a torch module."""
+    if node.tag not in PLAIN_TAGS:
+        kind, _, name = str(node.tag).partition(":")
+        made = pydoc.locate(name) if kind == "!new" else None
+        if not (isinstance(made, type) and issubclass(made, torch.nn.Module)):
+            raise UserError(
+                f"{path}: {node.tag} isn't a torch module that is installed "
+                "here, and nothing else in a run's folder is called."
+            )
+    if isinstance(node, MappingNode | SequenceNode):
+        for child in node.value:
+            for one in child if isinstance(child, tuple) else (child,):
+                _check_only_modules(one, path)

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Builds a mini corpus of synthesised speech in the form of the HW4 data.
+"""Builds a small corpus of synthetic speech in the form of the HW4 data.
 
-It lets the whole recipe run, and be tested, where the real data is missing.
-Two dozen espeak-ng voices read everyday sentences. Each recording session
-has its own room, noise, microphone and mood of the speaker, and the test set
-consists of sessions that the training set has never heard, as in the real
-task. The same arguments make the same bytes, on one machine.
+Usage: python mini_corpus.py FOLDER [--seed 0] [--n_speakers 24]
+                             [--n_sessions 4] [--n_sentences 5]
 
-Run: python mini_corpus.py FOLDER
+With it the whole recipe runs without the real data. By default, 24 espeak-ng
+voices read everyday sentences. Each recording session has its own room, noise,
+microphone and mood of the speaker. As in the real task, the test consists of
+sessions that are not in the training set. On one machine, the same arguments
+give the same bytes.
 """
 
 import argparse
@@ -31,13 +32,13 @@ from scipy.signal import fftconvolve, firwin2, resample_poly
 from tqdm import tqdm
 
 from spkid.errors import UserError, run_command
-from spkid.features.frontend import SAMPLE_RATE, LogMel, waveform_to_features
+from spkid.features import SAMPLE_RATE, LogMel, waveform_to_features
 
 ACCENTS = """\
 en-us en-us-nyc en-029 en-gb-x-rp en-gb-x-gbclan en-gb-x-gbcwmd en-gb-scotland
 """
-# No monsters or robots, no near twins, and neither breathy nor Klatt voices,
-# since espeak-ng draws their noise anew each time.
+# Without monsters, robots and near twins, and without the breathy and Klatt
+# voices, whose noise espeak-ng draws anew each time.
 VARIANTS = """\
 Andrea Andy Annie Gene Hugo Jacky Lee Marco Michael Mike anika antonio aunty
 belinda boris ed f1 f4 grandma grandpa ian john linda m1 m2 m4 m6 m7 m8 miguel
@@ -91,14 +92,13 @@ it finally started. Every evening the baker's son feeds the sparrows.
 class Espeak:
     """The speech synthesiser espeak-ng, from the package espeakng_loader.
 
-    The library keeps the phase of the voice in static variables, so what it
-    says depends on what it said before. Each instance loads a private copy
-    of it, which starts afresh.
+    The library keeps the phase of the voice in static variables, so its output
+    depends on its earlier output. Each instance therefore loads its own copy.
 
     Raises
     ------
     UserError
-        If the package is missing or its library does not load.
+        If the package is missing or its library can't be loaded.
 
     Example
     -------
@@ -127,21 +127,21 @@ class Espeak:
                 raise OSError("espeak_Initialize failed")
         except (ImportError, OSError) as error:
             raise UserError(
-                f"The mini corpus needs espeak-ng, which does not load "
+                f"espeak-ng, which the mini corpus needs, can't be loaded "
                 f"({error}); run `pip install espeakng-loader`, or give your "
                 "own data with --data_folder."
             ) from error
         samples, count = ctypes.POINTER(ctypes.c_short), ctypes.c_int
         prototype = ctypes.CFUNCTYPE(count, samples, count, ctypes.c_void_p)
         self._chunks = []
-        self._callback = prototype(self._receive)  # kept from the collector
+        self._callback = prototype(self._receive)  # keep it alive
         self.library.espeak_SetSynthCallback(self._callback)
 
     def _receive(self, samples, count, events) -> int:
         if samples and count > 0:
             chunk = np.ctypeslib.as_array(samples, (count,))
             self._chunks.append(chunk / 2**15)
-        return 0  # go on
+        return 0  # continue
 
     def speak(
         self,
@@ -156,13 +156,13 @@ class Espeak:
         Arguments
         ---------
         text : str
-            What to say.
+            The text.
         voice : str
             Accent and variant, such as "en-us+m3".
         rate : float
             Words per minute, 80 to 450; rounded.
         pitch, pitch_range : float
-            0 to 99, where 50 is the voice's own; rounded.
+            0 to 99; 50 is the voice's default; rounded.
 
         Returns
         -------
@@ -185,10 +185,10 @@ class Espeak:
 
 
 class _Session:
-    """One recording occasion: the speaker's mood, room, noise, microphone."""
+    """One recording session: the speaker's mood, room, noise, microphone."""
 
     def __init__(self, rng: np.random.Generator) -> None:
-        self.rate = rng.uniform(0.93, 1.07)  # of the speaker's words a minute
+        self.rate = rng.uniform(0.93, 1.07)  # times the speaker's rate
         self.pitch = rng.normal(0, 3)  # espeak-ng steps
         self.snr = rng.uniform(10, 30)  # dB
         self.noise_mix = rng.dirichlet(np.ones(3))  # white, pink, hum
@@ -217,7 +217,7 @@ class _Session:
     def record(
         self, speech: np.ndarray, rng: np.random.Generator
     ) -> np.ndarray:
-        """Returns what the microphone hears of clean speech [samples]."""
+        """Adds room, noise and microphone to clean speech [samples]."""
         samples = len(speech)
         white, pink = rng.standard_normal((2, samples))
         spectrum = np.fft.rfft(pink)
@@ -237,7 +237,7 @@ class _Session:
 
 
 def _start_worker() -> None:
-    """Takes one core, and ends with the parent, even with a killed one."""
+    """Uses one core, and exits when the parent ends or is killed."""
 
     def follow_parent() -> None:
         parent_process().join()
@@ -256,7 +256,7 @@ def _record_speaker(
     name: str,
     voice: str,
 ) -> list[tuple[int, dict]]:
-    """Writes one speaker's files; returns (session, entry) of each."""
+    """Writes one speaker's files; returns each one's (session, entry)."""
     rng = np.random.default_rng([seed, 1, number])
     rate, pitch, pitch_range = rng.uniform((150, 30, 30), (195, 70, 70))
     sentences = re.findall(r"\S[^.?]*[.?]", SENTENCES.replace("\n", " "))
@@ -294,37 +294,32 @@ def build(
     n_sentences: int = 5,
     progress: bool = True,
 ) -> Path:
-    """Builds the corpus on all cores, unless it is there already.
+    """Builds the corpus on all cores, unless it exists; returns its folder.
 
-    Besides the HW4 files, the folder gets `testlabels.json` (the speaker of
-    each test file) and `sessions.json` (the session of every file), which
-    only scoring may read. All is written into a side folder first, so that
-    a build that was killed leaves nothing that looks finished.
+    Besides the HW4 files, the folder gets ``testlabels.json`` (the speaker of
+    each test file) and ``sessions.json`` (the session of each file). The files
+    are written to a temporary folder, which is renamed at the end: a killed
+    build leaves no half corpus.
 
     Arguments
     ---------
     folder : pathlib.Path
-        Where the corpus goes; one that holds a corpus is left alone,
-        whatever it was made with.
+        Folder of the corpus. A corpus that is already in it is kept, even if
+        it was built with other arguments.
     seed : int
-        Seed of all draws.
+        Seed of all random draws.
     n_speakers : int
-        Voices; their variants repeat after 38, with another accent.
+        Number of voices. Beyond 38, variants repeat with another accent.
     n_sessions, n_sentences : int
-        Training sessions per speaker and utterances per session. One more
-        session with one more utterance makes the test.
+        Training sessions per speaker, and utterances per session. The test
+        has one more session, with one more utterance.
     progress : bool
         Whether to show a progress bar.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder.
 
     Raises
     ------
     UserError
-        If espeak-ng is missing, or the folder holds something else.
+        If espeak-ng is missing, or the folder holds other files.
 
     Example
     -------
@@ -339,10 +334,10 @@ def build(
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
-            f"{folder}: this is neither a mini corpus nor an empty folder; "
-            "give the name of a new one."
+            f"{folder}: is neither a mini corpus nor an empty folder; name a "
+            "new folder."
         )
-    Espeak()  # so that a missing library is told before the work begins
+    Espeak()  # report a missing library before any work
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(
         tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent)
@@ -395,10 +390,10 @@ def build(
         text = json.dumps(table, indent=2) + "\n"
         (part / f"{name}.json").write_text(text, encoding="utf-8")
     if folder.exists():
-        folder.rmdir()  # empty; Windows does not rename onto a folder
+        folder.rmdir()  # it is empty; Windows can't rename onto a folder
     try:
         part.rename(folder)
-    except OSError:  # another process has built it meanwhile
+    except OSError:  # another process built it first
         shutil.rmtree(part, ignore_errors=True)
     return folder
 

@@ -1,99 +1,80 @@
 #!/usr/bin/env python3
-"""Says who speaks in test utterances, by a finished run.
+"""Says who speaks in test utterances, with a finished run.
 
 Usage: python predict.py OUTPUT_FOLDER [--data_folder DIR] [--submission FILE]
                          [--device cpu]
 
-The data folder is the run's own, and OUTPUT_FOLDER/submission.csv is written
-again; or another one, with the run's mapping.json, a testdata.json and its
-files, whose speakers go to OUTPUT_FOLDER/submission-DIR.csv.
+Without --data_folder, OUTPUT_FOLDER/submission.csv is written again. With it,
+the utterances of DIR's testdata.json are scored and their speakers written to
+OUTPUT_FOLDER/submission-DIR.csv; DIR needs the mapping.json that the run was
+trained with.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
+import logging
+from collections import Counter
 from pathlib import Path
 
-import torch
+from speechbrain.core import RunOptions
 
-import prepare
-from ml2022hw4_prepare import read_corpus, read_json
-from results import (
-    WEIGHTS,
-    evaluation_settings,
-    expectation_line,
-    write_submission,
-)
-from speaker_brain import SpeakerBrain
-from spkid.data.corpus import manifest
-from spkid.data.dataset import label_encoder, make_datasets, make_loaders
+from ml2022hw4_prepare import prepare
+from spkid.data import Corpus, manifest
 from spkid.errors import UserError, run_command
-from spkid.evaluation.scores import Score, expect, load_evaluation, summarize
-from spkid.hparams import check_device, load_hparams
+from spkid.evaluation import Evaluation, expect
+from spkid.files import read_json, save_atomically
+from spkid.hparams import Settings, check_run_options
+from spkid.inference import SpeakerIdentifier
+from spkid.training.run import expectation_line
 
-# The run's loggers and checkpoints are not touched.
-UNUSED = "checkpointer: null\ntrain_logger: null"
+logger = logging.getLogger(__name__)
 
 
-def load_run(folder: Path) -> dict:
-    """The hyperparameters of a finished run, with its trained weights.
+def write_submission(
+    corpus: Corpus, tested: Evaluation, path: str | Path
+) -> None:
+    """Writes the competition's CSV, in the order of testdata.json.
 
-    Arguments
-    ---------
-    folder : pathlib.Path
-        The run's output folder.
-
-    Returns
-    -------
-    dict
-
-    Raises
-    ------
-    UserError
-        If there is no finished run.
+    The competition wants a row for each utterance, so one that was skipped
+    gets the speaker with most training utterances (the first one of
+    mapping.json, where no training utterances are at hand).
     """
-    for name in WEIGHTS:
-        if not (folder / "model" / f"{name}.ckpt").exists():
-            raise UserError(
-                f"{folder}: no finished run is there (model/{name}.ckpt is "
-                "missing); name the --output_folder of one."
-            )
-    hparams = load_hparams(folder / "hyperparams.yaml", UNUSED)
-    for name in WEIGHTS:
-        weights = torch.load(
-            folder / "model" / f"{name}.ckpt",
-            map_location="cpu",
-            weights_only=True,
+    counts = Counter(utterance.speaker for utterance in corpus.labelled)
+    counts[corpus.speakers[0]] += 0  # so that there is one
+    ((commonest, _),) = counts.most_common(1)
+    guesses = dict(zip(tested.id.tolist(), tested.guess.tolist(), strict=True))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["Id", "Category"])
+    for name in corpus.test_paths:
+        scored = name in guesses
+        writer.writerow(
+            [name, corpus.speakers[guesses[name]] if scored else commonest]
         )
-        hparams[name].load_state_dict(weights)
-    return hparams
+    missing = len(corpus.test_paths) - len(corpus.test)
+    if missing:
+        logger.warning(
+            "%s: %d test utterances could not be read; their rows say %s.",
+            path,
+            missing,
+            commonest,
+        )
+    save_atomically(text.getvalue(), path)
 
 
-def load_validation(
-    folder: Path, hparams: dict
-) -> tuple[dict[str, Score], dict[str, str]]:
-    """What a run's model said of its validation.
-
-    Arguments
-    ---------
-    folder : pathlib.Path
-        The run's output folder.
-    hparams : dict
-        Its hyperparameters.
-
-    Returns
-    -------
-    tuple of dict
-        As :func:`spkid.evaluation.scores.load_evaluation`; empty where nothing was kept,
-        or was scored in another way than ``hparams`` say, as after a
-        ``--test_only`` that didn't reach its end.
-    """
+def load_validation(folder: Path, scoring: dict) -> Evaluation | None:
+    """What a run's system says of its held-out utterances; None where nothing
+    was kept, or was scored in another way than ``scoring`` (from the run's
+    settings), as after a ``--test_only`` that didn't reach its end."""
     paths = folder / "results.json", folder / "evaluation.npz"
     if not all(path.exists() for path in paths):
-        return {}, {}
-    if read_json(paths[0]).get("scored_by") != evaluation_settings(hparams):
-        return {}, {}
-    return load_evaluation(paths[1])
+        return None
+    if read_json(paths[0]).get("scored_by") != scoring:
+        return None
+    return Evaluation.load(paths[1])
 
 
 def main(arguments: list[str]) -> None:
@@ -104,59 +85,46 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("output_folder", type=Path)
     parser.add_argument("--data_folder", type=Path)
     parser.add_argument("--submission", type=Path)
-    parser.add_argument("--device", default=None)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
-    if args.device:
-        check_device(args.device)
-    hparams = load_run(args.output_folder)
-    other = args.data_folder is not None
-    corpus = read_corpus(
-        args.data_folder or hparams["data_folder"],
-        hparams["on_bad_file"],
-        hparams["max_bad_share"],
+    check_run_options(RunOptions(device=args.device))
+    identifier = SpeakerIdentifier.from_run(args.output_folder, args.device)
+    settings = Settings.of_run(args.output_folder)
+    run, other = settings.values, args.data_folder is not None
+    validated = load_validation(args.output_folder, settings.scoring())
+    keys = ("pack_folder", "pack_dtype", "on_bad_file", "max_bad_share")
+    corpus, features = prepare(
+        args.data_folder or run["data_folder"],
+        pack=run["pack"] and not other,  # what is read once needs no pack
         test_only=other,
+        **{key: run[key] for key in keys},
     )
     if not corpus.test:
         raise UserError(
             f"{corpus.folder / 'testdata.json'}: has no utterance; add some."
         )
-    if corpus.n_mels != hparams["n_mels"]:
+    if corpus.n_mels != run["n_mels"]:
         raise UserError(
             f"{corpus.folder / 'testdata.json'}: n_mels is {corpus.n_mels}, "
-            f"but the run was trained with {hparams['n_mels']}."
+            f"but the run was trained with {run['n_mels']}."
         )
-    speakers = args.output_folder / "speakers.txt"
-    if corpus.speakers != speakers.read_text(encoding="utf-8").splitlines():
+    if tuple(corpus.speakers) != identifier.speakers:
         raise UserError(
             f"{corpus.folder / 'mapping.json'}: its speakers are not those of "
-            f"{speakers}; give the mapping.json that the run was trained with."
+            f"{args.output_folder / 'speakers.txt'}; give the mapping.json "
+            "that the run was trained with."
         )
-    validated = load_validation(args.output_folder, hparams)
-    packed = hparams["pack"] and not other  # what is read once needs no pack
-    pack = prepare.pack_corpus(
-        corpus, hparams["pack_folder"], packed, hparams["pack_dtype"]
-    )
-    manifests = {"test": manifest(corpus.test)}
-    encoder = label_encoder(corpus.speakers)
-    brain = SpeakerBrain(
-        modules=hparams["modules"],
-        hparams=hparams,
-        run_opts={"device": args.device} if args.device else None,
-    )
-    if hparams["pack_on_device"] and packed:
-        pack.to(brain.device)
-    datasets = make_datasets(hparams, manifests, pack, encoder)
-    brain.evaluate(make_loaders(hparams, datasets)["test"])
-    name = (
-        f"submission-{corpus.folder.resolve().name}" if other else "submission"
-    )
+    tested = identifier.score(features, manifest(corpus.test), "test")
+    name = "submission"
+    if other:
+        name += f"-{corpus.folder.resolve().name}"
     target = args.submission or args.output_folder / f"{name}.csv"
-    write_submission(corpus, brain.scores, target)
-    accuracy = summarize(brain.scores)["accuracy"]
+    write_submission(corpus, tested, target)
+    accuracy = tested.accuracy()
     known = "unknown" if accuracy is None else f"{accuracy:.4f}"
-    expected = expect(*validated, brain.scores)
+    expected = expect(validated, tested) if validated is not None else None
     print(
-        f"Test accuracy {known}\n{expectation_line(expected)}"
+        f"Test accuracy: {known}\n{expectation_line(expected)}"
         f"{target}: {len(corpus.test_paths)} rows"
     )
 

@@ -4,263 +4,321 @@
 Usage: python train.py hparams/conformer.yaml [--data_folder DIR] [--key value]
 
 Any key of the YAML file and any run option of SpeechBrain can be given. The
-same command, given again, goes on where it was stopped.
+same command, given again, resumes where it was stopped.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import speechbrain as sb
 import torch
 from speechbrain.core import RunOptions
 from speechbrain.dataio.dataio import load_data_json
-from speechbrain.utils.distributed import ddp_init_group, if_main_process
-
-import prepare
-from ml2022hw4_prepare import read_json
-from results import (
-    EVALUATION,
-    WEIGHTS,
-    by_part,
-    evaluation_settings,
-    write_results,
+from speechbrain.utils.distributed import (
+    ddp_init_group,
+    if_main_process,
+    run_on_main,
 )
-from speaker_brain import SpeakerBrain
-from spkid.data.dataset import label_encoder, make_datasets, make_loaders
+
+import mini_corpus
+from ml2022hw4_prepare import DEFAULT_DATA, prepare
+from predict import write_submission
+from spkid.data import (
+    FeatureDataset,
+    eval_loader,
+    label_encoder,
+    train_loader,
+)
+from spkid.distributed import first_process_first, rank, world_size
 from spkid.errors import run_command, table
-from spkid.evaluation.scores import summarize, summarize_parts
-from spkid.files import lock_folder, save_atomically
-from spkid.hparams import (
-    all_values,
-    check_device,
-    load_hparams,
-    override,
-    parse_arguments,
-    plain_values,
-)
-from spkid.sessions import split
-from spkid.training.checkpoints import RunState, check_identity
+from spkid.evaluation import Evaluation
+from spkid.files import save_atomically
+from spkid.hparams import Settings, check_run_options, parse_arguments
+from spkid.inference import WEIGHTS, SpeakerIdentifier
+from spkid.sessions import write_manifests
+from spkid.training import RobustBrain, RunState
+from spkid.training.run import RunFolder, write_results
 
-# What a run may change when it goes on: none of these moves a number.
-FREE = {
-    *("data_folder", "pack_folder", "output_folder", "save_folder"),
-    *("manifest_folder", "train_log", "train_logger", "tensorboard_logger"),
-    *("use_tensorboard", "checkpointer", "pack_on_device"),
-    *("on_bad_file", "max_bad_share", "num_workers", "max_frames_per_batch"),
-    *("ckpt_interval_minutes", "nonfinite_patience", "final_fit"),
-}
+DEBUG_UTTERANCES = 4
 
 
-def run_identity(hparams_file, overrides, hparams, run_opts, corpus):
-    """What a run may not change when it goes on."""
-    alone = not torch.distributed.is_initialized()
-    free = FREE | set(EVALUATION if run_opts.test_only else ())
-    values = all_values(hparams_file, overrides)
-    for key in ("precision", "grad_accumulation_factor", "max_grad_norm"):
-        # The command line's goes before the YAML file's.
-        if key in run_opts.overridden_args or key not in values:
-            values[key] = getattr(run_opts, key)
-    return {
-        "data": corpus.digest(),
-        "data_folder": str(corpus.folder),
-        "written_sessions": split.sessions_digest(corpus, hparams),
-        "processes": 1 if alone else torch.distributed.get_world_size(),
-        **{key: value for key, value in values.items() if key not in free},
-        "parameters": sum(
-            parameter.numel()
-            for module in hparams["modules"].values()
-            for parameter in module.parameters()
+class SpeakerBrain(RobustBrain):
+    """Trains ``embedding_model`` and ``classifier``; scores utterances."""
+
+    identifier: SpeakerIdentifier  # of the modules that are trained
+    held_out: dict[str, dict]  # the validation's manifest
+    run_state: RunState
+
+    def compute_forward(self, batch, stage):
+        """Log-posteriors [batch, 1, speakers]; a margin in training only."""
+        features, relative = batch.feats
+        nothing_padded = bool((relative == 1).all())  # then no mask is needed
+        features = features.to(self.device)
+        relative = None if nothing_padded else relative.to(self.device)
+        statistics = batch.statistics.data.to(self.device)
+        if stage != sb.Stage.TRAIN:
+            # Not through DistributedDataParallel, which would wait for ranks
+            # that have fewer batches.
+            self.embeddings = self.identifier.embed(
+                features, relative, statistics
+            )
+            return self.identifier.classifier(self.embeddings)
+        features = self.modules.preprocess(features, relative, statistics)
+        embeddings = self.modules.embedding_model(features, relative)
+        targets = batch.target.data.to(self.device)
+        return self.modules.classifier(embeddings, targets)
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Negative log-likelihood; in validation, scores are kept."""
+        targets = batch.target.data.to(self.device)
+        if stage == sb.Stage.TRAIN:
+            return sb.nnet.losses.nll_loss(
+                predictions,
+                targets,
+                label_smoothing=self.hparams.label_smoothing,
+            )
+        own = [self.held_out[key] for key in batch.id]
+        self.scored.append(
+            Evaluation.of_batch(
+                batch.id,
+                predictions.squeeze(1),
+                targets.squeeze(1),
+                self.embeddings.squeeze(1),
+                [entry["length"] for entry in own],
+                [entry["part"] for entry in own],
+                self.identifier.speakers,
+            )
+        )
+        return predictions.new_zeros(())  # the table has the losses
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Learning rate and margin follow the share of planned steps."""
+        per_epoch = -(-self.batches_per_epoch // self.grad_accumulation_factor)
+        planned = self.hparams.number_of_epochs * per_epoch
+        progress = (self.optimizer_step + 1) / planned
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.hparams.lr_schedule(progress)
+        if hasattr(self.hparams, "margin_schedule"):
+            margin = self.hparams.margin_schedule(progress)
+            self.hparams.classifier.set_margin(margin)
+
+    def on_stage_start(self, stage, epoch=None):
+        """Forgets the scores of the stage before."""
+        self.scored = []
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """After validation, logs the epoch and saves a checkpoint."""
+        if stage == sb.Stage.TRAIN:
+            self.train_loss = stage_loss
+            return
+        speakers = self.identifier.speakers
+        table = Evaluation.concatenate(self.scored, speakers).gather()
+        figures = {k: v for k, v in table.summary().items() if v is not None}
+        # Before the checkpoint: a repeated epoch's line replaces the first.
+        for train_logger in self.hparams.loggers:
+            train_logger.log_stats(
+                {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
+                {"loss": self.train_loss},
+                figures,
+            )
+        self.save_epoch(
+            {"epoch": epoch, **figures},
+            max_key="accuracy" if self.held_out else "epoch",
+            num_to_keep=self.hparams.average_checkpoints,
+        )
+
+    def _fit_valid(self, valid_set, epoch, enable):
+        """As SpeechBrain's, which saves no epoch without a validation."""
+        super()._fit_valid(valid_set, epoch, enable)
+        if valid_set is None:
+            self.on_stage_start(sb.Stage.VALID, epoch)
+            self.on_stage_end(sb.Stage.VALID, None, epoch)
+
+    def score(self, features, manifest, progress) -> Evaluation:
+        """What the weights at hand say of a manifest's utterances."""
+        if self.debug:
+            manifest = dict(islice(manifest.items(), DEBUG_UTTERANCES))
+        if self.noprogressbar or not if_main_process():
+            progress = ""
+        with self.evaluation_ctx:
+            return self.identifier.score(features, manifest, progress)
+
+    def choose_weights(self, features) -> tuple[int, Evaluation]:
+        """Loads the mean of the best checkpoints, or the best one, whichever
+        is more accurate on what is held out; says how many, and its scores."""
+        load = self.checkpointer.load_average
+        most = self.hparams.average_checkpoints
+        if not self.held_out:
+            load(most, "epoch", WEIGHTS)  # the latest ones
+            return most, self.score(features, {}, "")
+        found = {}
+        for count in sorted({1, most}):
+            load(count, "accuracy", WEIGHTS)
+            found[count] = self.score(features, self.held_out, "Validation")
+        best = max(found, key=lambda n: (found[n].summary()["accuracy"], n))
+        load(best, "accuracy", WEIGHTS)
+        return best, found[best]
+
+
+def dataio_prep(hparams, features, manifests):
+    """Loaders of training crops and of held-out utterances (None: none)."""
+    encoder = hparams["label_encoder"]
+    loader = train_loader(
+        FeatureDataset(
+            manifests["train"],
+            features,
+            encoder,
+            segment_frames=hparams["segment_frames"],
+            seed=hparams["seed"],
+            epoch_counter=hparams["epoch_counter"],
         ),
-    }
+        batch_size=hparams["batch_size"],
+        seed=hparams["seed"],
+        sampler=hparams["sampler"],
+        bucket_batches=hparams["bucket_batches"],
+        num_workers=hparams["num_workers"],
+    )
+    if not manifests["valid"]:
+        return loader, None
+    return loader, eval_loader(
+        FeatureDataset(manifests["valid"], features, encoder),
+        max_frames=hparams["max_frames_per_batch"],
+        equal_length=hparams["equal_length_batches"],
+        num_workers=hparams["num_workers"],
+    )
 
 
-def make_brain(hparams, run_opts, corpus, pack, identity):
-    """A Brain and its loaders, ready to fit or to evaluate."""
-    modules, hparams["loggers"] = hparams["modules"], [hparams["train_logger"]]
+def make_brain(hparams, run_opts, corpus, held_out) -> SpeakerBrain:
+    """The Brain of a run, with all that its checkpoints hold."""
+    label_encoder(corpus.speakers, hparams["label_encoder"])
+    hparams["loggers"] = [hparams["train_logger"]]
     if hparams["use_tensorboard"]:
         hparams["loggers"].append(hparams["tensorboard_logger"]())
-    run_state = RunState(identity)
-    hparams["checkpointer"].add_recoverable("run_state", run_state)
     brain = SpeakerBrain(
-        modules=modules,
+        modules=hparams["modules"],
         opt_class=hparams["opt_class"],
         hparams=hparams,
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
-    brain.run_state = run_state
-    encoder = label_encoder(corpus.speakers)
-    if if_main_process():
-        save_atomically(
-            "\n".join(corpus.speakers),
-            Path(hparams["output_folder"]) / "speakers.txt",
-        )
+    brain.held_out, brain.run_state = held_out, RunState()
+    brain.checkpointer.add_recoverable("run_state", brain.run_state)
+    brain.identifier = SpeakerIdentifier.from_settings(hparams, corpus.speakers)
+    return brain
+
+
+def read_data(values):
+    """The data that the settings name; builds the mini corpus if it is none."""
+    folder = values["data_folder"]
+    if folder is None:
+        print("No --data_folder: the embedded mini corpus is used.", flush=True)
+        folder = mini_corpus.build(DEFAULT_DATA / "mini")
+    keys = ("pack_folder", "pack", "pack_dtype", "on_bad_file", "max_bad_share")
+    return prepare(folder, **{key: values[key] for key in keys})
+
+
+def train(settings: Settings, run_opts: RunOptions) -> Settings | None:
+    """One run: prepares, trains, tests, and says where the results are.
+
+    Returns
+    -------
+    Settings
+        Of another run, on all utterances; None if none is wanted.
+    """
+    with first_process_first():
+        corpus, features = read_data(settings.values)
+    settings = settings.replace(
+        n_speakers=len(corpus.speakers),
+        n_mels=corpus.n_mels,
+        data_folder=os.path.abspath(corpus.folder),
+    )
+    run = RunFolder(settings, run_opts, corpus)
+    hparams = settings.build()
+    sb.create_experiment_directory(experiment_directory=str(run.path))
+    sys.excepthook = sys.__excepthook__
     folder = Path(hparams["manifest_folder"])
+    run_on_main(run.save_settings)
+    run_on_main(write_manifests, [corpus, features, folder, settings.values])
     manifests = {
         name: load_data_json(folder / f"{name}.json")
         for name in ("train", "valid", "test")
     }
-    brain.parts = {
-        key: entry["part"] for key, entry in manifests["valid"].items()
-    }
-    manifests = {name: part for name, part in manifests.items() if part}
+    brain = make_brain(hparams, run_opts, corpus, manifests["valid"])
     if hparams["pack_on_device"]:
-        pack.to(brain.device)
-    datasets = make_datasets(hparams, manifests, pack, encoder)
-    loaders = make_loaders(hparams, datasets)
-    brain.train_sampler = loaders["train"].batch_sampler  # told the epoch
-    brain.checkpointer.add_recoverable("dataloader-TRAIN", loaders["train"])
-    return brain, loaders
-
-
-def choose_weights(brain, valid_loader):
-    """The averaged or the single best checkpoint: validation decides."""
-    most = brain.hparams.average_checkpoints
-    if valid_loader is None:  # the latest ones
-        brain.checkpointer.load_average(most, "epoch", WEIGHTS)
-        return most, summarize_parts({}, {}), {}
-    best = None
-    for count in sorted({1, most}):
-        brain.checkpointer.load_average(count, "accuracy", WEIGHTS)
-        brain.evaluate(valid_loader)
-        result = summarize_parts(brain.scores, brain.parts)
-        if best is None or result["accuracy"] >= best[1]["accuracy"]:
-            best = count, result, brain.scores
-    brain.checkpointer.load_average(best[0], "accuracy", WEIGHTS)
-    return best
-
-
-def final_fit(brain, loaders, output, averaged):
-    """What another run needs that trains on all utterances, for as many steps
-    as validation found best."""
-    best = brain.checkpointer.find_checkpoint(max_key="accuracy")
-    trained = len(loaders["train"].dataset)
-    everything = trained + len(loaders["valid"].dataset)
-    epochs = round(best.meta["epoch"] * trained / everything)
-    return {
-        "final_fit": False,
-        "split": "none",
-        "output_folder": str(output / "final"),
-        "number_of_epochs": max(1, epochs),
-        "average_checkpoints": averaged,
-    }
-
-
-def open_output(hparams_file, overrides, hparams, identity, corpus, pack):
-    """The output folder with the manifests; it may hold an earlier part of
-    this run alone."""
-    output = Path(hparams["output_folder"])
-    if (output / "run.json").exists():
-        # Before anything of the earlier run is overwritten.
-        begun = read_json(output / "run.json")
-        check_identity(output / "run.json", begun, identity)
-    sb.create_experiment_directory(
-        experiment_directory=str(output),
-        hyperparams_to_save=hparams_file,
-        overrides=overrides,
-    )
-    sys.excepthook = sys.__excepthook__
-    sb.utils.distributed.run_on_main(
-        split.write_manifests,
-        [corpus, pack, hparams["manifest_folder"], hparams],
-    )
-    # Only now, lest a choice that can't be carried out be the run's for good.
-    if if_main_process():
-        if not (output / "run.json").exists():
-            save_atomically(json.dumps(identity, indent=1), output / "run.json")
-        if corpus.skipped:
-            save_atomically(table(corpus.skipped, None), output / "skipped.txt")
-    return output
-
-
-def train(
-    hparams_file: str, run_opts: RunOptions, overrides: str
-) -> dict[str, object] | None:
-    """One run: prepares, trains, tests, and says where the results are.
-
-    Arguments
-    ---------
-    hparams_file : str
-        A HyperPyYAML file.
-    run_opts : speechbrain.core.RunOptions
-        SpeechBrain's options.
-    overrides : str
-        Other values of the YAML file's keys.
-
-    Returns
-    -------
-    dict
-        Overrides for another run on all utterances; None if none is wanted.
-    """
-    # Every process reads the data; the first one writes what is missing.
-    if not if_main_process():
-        torch.distributed.barrier()
-    corpus, pack, overrides = prepare.resolve_data(hparams_file, overrides)
-    if if_main_process() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    if if_main_process():
-        # Before the checkpointer, which clears away what is saved in part.
-        lock_folder(
-            Path(plain_values(hparams_file, overrides)["output_folder"])
-        )
-    hparams = load_hparams(hparams_file, overrides)
-    identity = run_identity(hparams_file, overrides, hparams, run_opts, corpus)
-    output = open_output(
-        hparams_file, overrides, hparams, identity, corpus, pack
-    )
-    brain, loaders = make_brain(hparams, run_opts, corpus, pack, identity)
-    if if_main_process():
-        sizes = [f"{len(loaders['train'].dataset)} training"]
-        sizes += [f"{len(brain.parts)} validation", f"{len(corpus.test)} test"]
-        print(
-            f"{len(corpus.speakers)} speakers, {', '.join(sizes)} utterances "
-            f"from {corpus.folder}"
-        )
-        if corpus.skipped:
-            print(f"{output / 'skipped.txt'}: {len(corpus.skipped)} bad files")
-        print(f"Results go to {output}", flush=True)
+        features.to(brain.device)
+    train_set, valid_set = dataio_prep(hparams, features, manifests)
+    brain.train_sampler = train_set.batch_sampler  # is told the epoch
+    brain.checkpointer.add_recoverable("dataloader-TRAIN", train_set)
+    # Last, so that settings which fail don't become the run's.
+    run_on_main(run.save_identity)
+    run_on_main(announce, [run, corpus, manifests])
     if brain.distributed_launch:
-        # Else all ranks would drop the same units.
-        torch.manual_seed(hparams["seed"] + torch.distributed.get_rank())
-    valid = loaders.get("valid")
-    brain.fit(hparams["epoch_counter"], loaders["train"], valid)
+        # Otherwise all ranks would drop the same units.
+        torch.manual_seed(hparams["seed"] + rank())
+    brain.fit(hparams["epoch_counter"], train_set, valid_set)
     if brain.test_only:
         brain.checkpointer.recover_if_possible()  # its epochs and seconds
-    averaged, result, validated = choose_weights(brain, valid)
-    brain.scores = {}
-    if "test" in loaders:
-        brain.evaluate(loaders["test"])
+    averaged, validated = brain.choose_weights(features)
+    tested = brain.score(features, manifests["test"], "Test")
     if brain.debug:
-        if if_main_process():
-            shutil.rmtree(output)
-            print("The debug run has passed; it leaves no results.")
+        run_on_main(shutil.rmtree, [run.path])
+        run_on_main(print, ["The debug run has passed; it leaves no results."])
         return None
-    if if_main_process():
-        results = by_part(result) | {
-            "test": summarize(brain.scores),
-            "system": Path(hparams_file).stem,
-            "data_folder": str(corpus.folder),
-            "split": hparams["split"],
-            "seed": hparams["seed"],
-            "speakers": len(corpus.speakers),
-            "parameters": identity["parameters"],
-            "epochs": hparams["epoch_counter"].current,
-            "averaged_checkpoints": averaged,
-            "scored_by": evaluation_settings(hparams),
-            "skipped_steps": brain.skipped_steps,
-            "seconds": round(brain.run_state.seconds, 1),
-        }
-        validated = validated, brain.parts
-        write_results(output, corpus, hparams, results, validated, brain.scores)
-        print(f"{hparams['train_log']}: each epoch", flush=True)
-    if hparams["final_fit"] and valid is not None:
-        return final_fit(brain, loaders, output, averaged)
-    return None
+    results = {"averaged_checkpoints": averaged}
+    run_on_main(finish, [run, brain, corpus, validated, tested, results])
+    if not (hparams["final_fit"] and manifests["valid"]):
+        return None
+    # As many steps on all utterances as validation found best.
+    best = brain.checkpointer.find_checkpoint(max_key="accuracy").meta["epoch"]
+    n_train, n_valid = len(manifests["train"]), len(manifests["valid"])
+    derived = ("save_folder", "manifest_folder", "train_log")
+    return settings.without(*derived).replace(
+        final_fit=False,
+        split="none",
+        output_folder=str(run.path / "final"),
+        number_of_epochs=max(1, round(best * n_train / (n_train + n_valid))),
+        average_checkpoints=averaged,
+    )
+
+
+def announce(run, corpus, manifests) -> None:
+    """Says what is trained on, and where the results go."""
+    sizes = [f"{len(part):,} {name}" for name, part in manifests.items()]
+    print(
+        f"{len(corpus.speakers)} speakers, {', '.join(sizes)} utterances "
+        f"from {corpus.folder}"
+    )
+    if corpus.skipped:
+        path = run.path / "skipped.txt"
+        save_atomically(table(corpus.skipped, None), path)
+        print(f"{path}: {len(corpus.skipped)} unreadable files")
+    print(f"Results go to {run.path}", flush=True)
+
+
+def finish(run, brain, corpus, validated, tested, results) -> None:
+    """Writes weights, submission, figures and report; says where."""
+    brain.identifier.save(run.path)
+    write_submission(corpus, tested, run.path / "submission.csv")
+    results |= {
+        "speakers": len(corpus.speakers),
+        "parameters": sum(p.numel() for p in brain.identifier.parameters()),
+        "epochs": brain.hparams.epoch_counter.current,
+        "skipped_steps": brain.skipped_steps,
+        "seconds": round(brain.run_state.seconds, 1),
+    }
+    write_results(run, results, validated, tested)
+    print(
+        f"{run.path / 'submission.csv'}: a row for each test utterance\n"
+        f"{run.path / 'model'}: the weights\n"
+        f"{brain.hparams.train_log}: each epoch",
+        flush=True,
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -270,23 +328,20 @@ def main(arguments: list[str]) -> None:
         not torch.cuda.is_available()
     ):
         run_opts = replace(run_opts, distributed_backend="gloo")
-    if "device" in run_opts.overridden_args:
-        check_device(run_opts.device)
+    check_run_options(run_opts)
     ddp_init_group(run_opts)
-    if run_opts.debug:  # what it leaves would pass for a run's beginning
-        output = plain_values(hparams_file, overrides)["output_folder"]
-        debugged = str(Path(output) / "debug")
-        overrides = override(overrides, {"output_folder": debugged})
-    again = train(hparams_file, run_opts, overrides)
+    settings = Settings(hparams_file, overrides)
+    settings.check(world_size())
+    if run_opts.debug:  # its files must not pass for the start of a run
+        debugged = str(Path(settings.values["output_folder"]) / "debug")
+        settings = settings.replace(output_folder=debugged)
+    again = train(settings, run_opts)
     if again:
         print("Once more, on all utterances:", flush=True)
-        given = plain_values(hparams_file, overrides, only_given=True)
-        for key in ("save_folder", "manifest_folder", "train_log"):
-            given.pop(key, None)  # those of the first run
-        train(hparams_file, run_opts, override("", given | again))
+        train(again, run_opts)
     if torch.distributed.is_initialized():
-        # Else a process that ends first may abort, which ends the one that
-        # is still writing the results.
+        # A process that ends first may abort, and end the one that is still
+        # writing the results.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import found_sessions
+import harness
 import numpy as np
 import pytest
 import study
@@ -13,12 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from trained_run import Run, crop_kinds
-from variants import accuracies
+from variants import COLUMNS, accuracies
 
 from spkid.errors import UserError
-from spkid.sessions.infer import Sessions
+from spkid.evaluation import Evaluation
+from spkid.sessions import Sessions
 
 CHOSEN = ["small", "narrow", "mean pooling"]
+
+
+def train_forked(command, stdout, **_):
+    """Runs train.py as a study does, without the seconds of imports."""
+    done = harness.run("train", command[2:])
+    stdout.write(done.stdout + done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +35,9 @@ def place(tmp_path_factory):
     """A validation study of three variants, one seed and epoch of each."""
     folder = tmp_path_factory.mktemp("study")
     data = make_corpus(folder / "data", n_utterances=10, n_test=20)
-    validation(folder, data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "subprocess", SimpleNamespace(run=train_forked))
+        validation(folder, data)
     return folder
 
 
@@ -50,7 +61,7 @@ def table(path):
     return [[cell.strip() for cell in row.split("|")] for row in rows]
 
 
-def test_a_validation_is_told_as_the_runs_told_it(place):
+def test_validation_table_shows_what_the_runs_recorded(place):
     header, _, *rows = table(place / "out=1" / "validation.md")
     assert [row[1] for row in rows] == CHOSEN
     assert len(runs(place)) == 3
@@ -60,22 +71,21 @@ def test_a_validation_is_told_as_the_runs_told_it(place):
     assert kept[0]["new"] == pytest.approx(results["valid"]["accuracy"])
     # All speakers are covered.
     assert kept[0]["expected"] == results["expected"]["accuracy"]
-    column = header.index("new sessions")
+    column = header.index(COLUMNS["new"])
     values, tests = np.array([[r[column], r[-2]] for r in rows], float).T
     _, _, *summary = table(place / "out=1" / "validation_summary.md")
     summary = {row[1]: row for row in summary}
-    distance = float(summary["new sessions"][3])
+    distance = float(summary[COLUMNS["new"]][3])
     assert distance == pytest.approx(np.abs(values - tests).mean(), abs=2e-3)
     tests = [one["test"] for one in kept]
     for part in ("known", "expected"):  # untrained, they tie on the new ones
-        rank = float(summary[variants.PARTS[part]][5])
+        rank = float(summary[COLUMNS[part]][5])
         expected = spearmanr([one[part] for one in kept], tests)[0]
         assert rank == pytest.approx(expected, abs=1e-3)
     assert (place / "out=1" / "validation.png").stat().st_size > 5000
 
 
-def test_several_data_folders_have_a_mean(place, monkeypatch):
-    """Of each figure, and each folder counts the same."""
+def test_mean_over_data_folders_counts_each_folder_the_same(place, monkeypatch):
     near, far, also = runs(place)
     trained = {
         ("a", "near", "session", 1): near,
@@ -88,20 +98,23 @@ def test_several_data_folders_have_a_mean(place, monkeypatch):
     a, b, mean = (
         [float(cell) for cell in row[3:5]]
         for row in rows
-        if row[1] == "new sessions"
+        if row[1] == COLUMNS["new"]
     )
     assert a != b
     assert mean == pytest.approx(np.mean([a, b], axis=0), abs=1e-3)
 
 
-def test_written_sessions_can_be_hidden(place, tmp_path):
+@pytest.mark.slow
+def test_sessions_inferred_ignores_those_of_the_data_folder(place, tmp_path):
     options = ("--variants", "narrow", "--sessions", "inferred")
-    validation(tmp_path, place / "data", *options)
+    validation(tmp_path, place / "data", *options)  # in a real process
     (hidden,) = runs(tmp_path)
     assert hidden.parent.name.endswith("-sessions=inferred")
-    for run, source in (hidden, "inferred"), (runs(place)[0], "as sessions.js"):
+    for run, inferred in (hidden, True), (runs(place)[0], False):
         report = (run / "manifests" / "split_report.json").read_text()
-        assert json.loads(report)["sessions"].startswith(source)
+        source = json.loads(report)["sessions"]
+        assert source.startswith("inferred") == inferred
+        assert ("sessions.json" in source) != inferred
 
 
 def test_finished_runs_are_not_repeated(place):
@@ -111,18 +124,17 @@ def test_finished_runs_are_not_repeated(place):
     assert before == after
 
 
-def test_whole_and_masked_are_what_the_run_was_told(place):
-    """The way of the studies and the way of train.py: the same numbers."""
+def test_crops_and_padding_repeat_the_runs_accuracies(place):
+    """For whole utterances and for masked batches."""
     run = runs(place)[0]
     for name in ("crops", "padding"):
         study.main([name, str(run), "--folder", str(place / name)])
         assert (place / name / f"{name}.png").stat().st_size > 5000
-    with np.load(run / "evaluation.npz") as told:
-        part, right = told["part"], told["target"] == told["guess"]
-        expected = {
-            variants.PARTS[name]: f"{right[part == name].mean():.3f}"
-            for name in np.unique(part)
-        }
+    scored = Evaluation.load(run / "evaluation.npz")
+    expected = {
+        COLUMNS[part]: f"{scored.of_part(part).accuracy():.3f}"
+        for part in np.unique(scored.part)
+    }
     _, _, *rows = table(place / "crops" / "crops.md")
     assert {row[0] for row in rows} == set(expected)
     assert all(row[2] == expected[row[0]] for row in rows)
@@ -130,7 +142,7 @@ def test_whole_and_masked_are_what_the_run_was_told(place):
     assert dict(zip(header[1:], rows[0][1:], strict=True)) == expected
 
 
-def test_widths_say_how_well_the_training_is_learned(place, monkeypatch):
+def test_widths_table_shows_accuracy_on_training_utterances(place, monkeypatch):
     widths = {"32": {"d_model": 32, "d_ff": 128}}  # is there: "narrow"
     monkeypatch.setattr(study, "WIDTHS", widths)
     study.main(
@@ -144,11 +156,12 @@ def test_widths_say_how_well_the_training_is_learned(place, monkeypatch):
     run = Run(next(run for run in runs(place) if "32" in run.parent.name))
     keys = run.sample("train", 1000)
     assert len(keys) == len(run.parts["train"])
-    assert 0 <= float(row[header.index("training")]) <= 1
+    column = header.index(study.PARTS["train"].name)
+    assert 0 <= float(row[column]) <= 1
 
 
 @given(st.integers(1, 500), st.integers(1, 200))
-def test_crops_lie_in_the_utterance(length, size):
+def test_crops_lie_inside_the_utterance(length, size):
     for kind, cut in crop_kinds(size).items():
         pieces = cut(length)
         for start, count in pieces:
@@ -169,10 +182,10 @@ def sessions(place, data):
     return dict(zip(header[1:], map(float, row[1:]), strict=True))
 
 
-def test_sessions_are_scored_against_those_written_down(place, monkeypatch):
+def test_inferred_sessions_are_scored_against_those_given(place, monkeypatch):
     data = make_corpus(place / "pairs")  # two utterances make a session
 
-    def prints(_pack, paths):  # what is heard: the place in the list
+    def prints(_features, paths):  # what is heard: the place in the list
         places = [int(Path(path).stem.rpartition("-")[2]) for path in paths]
         return np.array(places)[:, None]
 
@@ -192,26 +205,48 @@ def test_sessions_are_scored_against_those_written_down(place, monkeypatch):
         assert 0.3 < coarse[index] < 0.7 and coarse[shared] == 0
 
 
-def test_mistakes_cost_one_sentence(place, tmp_path):
-    nobody = {"part": np.array(["new", "test"]), "target": np.array([0, 1])}
-    nobody |= {"guess": np.zeros(2), "confidence": np.ones(2)}
-    np.savez(tmp_path / "evaluation.npz", **nobody)
+def test_speakers_who_are_not_tested_cannot_be_compared(tmp_path):
+    Evaluation(
+        id=np.array(["a", "b"]),
+        part=np.array(["new", "test"]),
+        target=np.array([0, 1]),
+        guess=np.array([0, 0]),
+        loss=np.ones(2, np.float32),
+        confidence=np.ones(2, np.float32),
+        frames=np.array([9, 9]),
+        embedding=np.zeros((2, 3), np.float16),
+        speakers=("ann", "bob"),
+    ).save(tmp_path / "evaluation.npz")
     with pytest.raises(UserError, match="no speaker has both held-out and"):
         accuracies(tmp_path)
-    with pytest.raises(UserError, match="--variants 'wide' is none of"):
+
+
+def test_refusals_are_one_sentence(place, tmp_path, monkeypatch):
+    with pytest.raises(
+        UserError, match="--variants='wide' must be default size, small, "
+    ):
         validation(place, place / "data", "--variants", "wide")
     with pytest.raises(UserError, match="name the output folder of a run"):
         study.main(["crops"])
-    with pytest.raises(UserError, match=r"its last words are in .*\.log"):
-        validation(tmp_path, tmp_path / "nothing")
+    with pytest.raises(UserError, match="give --data_folder"):
+        study.main(["widths"])
     with pytest.raises(UserError, match="--jobs must be at least 1"):
         validation(place, place / "data", "--jobs", "0")
     other = make_corpus(tmp_path / "data")
-    with pytest.raises(UserError, match=r"is a run on .*, not on"):
+    with pytest.raises(UserError, match=r"holds a run on .*, not on"):
         validation(place, other)
+    with pytest.raises(UserError, match="two folders have the same name"):
+        validation(place, other, "--data_folder", str(other), str(other))
     (other / "sessions.json").unlink()
     with pytest.raises(UserError, match=r"sessions\.json: is missing"):
         sessions(tmp_path, other)
     (other / "testlabels.json").unlink()
     with pytest.raises(UserError, match=r"testlabels\.json: is missing"):
         validation(place, other)
+    monkeypatch.setattr(
+        variants, "subprocess", SimpleNamespace(run=train_forked)
+    )
+    with pytest.raises(UserError, match=r"the run failed; .*\.log"):
+        validation(tmp_path, tmp_path / "nothing", "--variants", "small")
+    log = next(tmp_path.glob("out=1/runs/*/*.log")).read_text()
+    assert "Error: " in log

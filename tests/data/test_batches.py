@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spkid.data.batches import LengthBatches, ShuffledBatches, balanced_order, crop_starts, hash_uniform, utterance_key
+from spkid.data.batches import (
+    LengthBatches,
+    ShuffledBatches,
+    balanced_order,
+    crop_starts,
+    hash_uniform,
+    utterance_key,
+)
 from spkid.errors import UserError
 
 KEYS = np.array([utterance_key(f"uttr-{i}.pt") for i in range(4000)])
@@ -38,14 +45,14 @@ def test_a_crop_lies_within_its_utterance(length, segment, epoch):
     assert (start + min(segment, length) <= length).all()
 
 
-def test_each_place_of_a_crop_is_as_likely():
+def test_each_place_of_a_crop_is_equally_likely():
     starts = crop_starts(0, 1, KEYS, np.full(4000, 137), 128)
     counts = np.bincount(starts, minlength=10)
     assert len(counts) == 10
     assert np.abs(counts - 400).max() < 80
 
 
-def test_a_crop_does_not_depend_on_its_company():
+def test_a_crop_does_not_depend_on_the_other_utterances():
     lengths = np.arange(200, 4200)
     together = crop_starts(3, 5, KEYS, lengths, 128)
     alone = [
@@ -111,7 +118,7 @@ def test_a_balanced_order_repeats_nothing_needlessly(labels, epoch):
         assert times.max() == -(-share // len(own))
 
 
-def test_balanced_batches_change_each_epoch_and_share_out():
+def test_balanced_batches_change_each_epoch_and_are_dealt_out():
     labels = np.repeat([0, 1, 2], [50, 9, 41])
 
     def epoch(number, rank=0, ranks=1):
@@ -173,15 +180,10 @@ def test_buckets_pad_little_and_change_each_epoch():
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15
 
 
-def test_sorting_less_than_one_batch_is_refused():
-    with pytest.raises(UserError, match="bucket_batches=0 is less than 1"):
-        ShuffledBatches(10, 2, bucket_batches=0)
-
-
-def test_more_ranks_than_items_of_a_batch_are_refused():
-    with pytest.raises(UserError, match="batch_size=2 is less than 3"):
+def test_a_batch_too_small_for_the_processes_is_refused():
+    with pytest.raises(UserError, match="batch_size=2 must be at least 3"):
         ShuffledBatches(10, 2, n_ranks=3)
-    with pytest.raises(UserError, match="batch_size=1 is less than 2"):
+    with pytest.raises(UserError, match="batch_size=1 must be at least 2"):
         ShuffledBatches(10, 1)
 
 

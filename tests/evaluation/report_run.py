@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from spkid.evaluation import Evaluation
+
 
 def make_run(
     folder: Path,
@@ -35,26 +37,22 @@ def make_run(
     posterior = np.exp(logits - logits.max(1, keepdims=True))
     posterior /= posterior.sum(1, keepdims=True)
     guess = posterior.argmax(1)
-    right = guess == target
-    save = {
-        "part": part,
-        "id": np.array([f"uttr-{i}" for i in range(n)]),
-        "target": target,
-        "guess": guess,
-        "confidence": posterior.max(1),
-        "loss": -np.log(posterior[np.arange(n), target]),
-        "frames": frames,
-        "embedding": embedding.astype(np.float16),
-    }
-    folder.mkdir(parents=True)
-    np.savez(folder / "evaluation.npz", **save)
-    scores = {
-        name: {
-            "accuracy": float(right[part == name].mean()),
-            "loss": float(save["loss"][part == name].mean()),
-        }
-        for name in sizes
-    }
+    table = Evaluation(
+        id=np.array([f"uttr-{i}" for i in range(n)]),
+        part=part,
+        target=target,
+        guess=guess,
+        loss=-np.log(posterior[np.arange(n), target]),
+        confidence=posterior.max(1),
+        frames=frames,
+        embedding=embedding,
+        speakers=tuple(names),
+    )
+    table.save(folder / "evaluation.npz")
+    scores = {}
+    for name in sizes:
+        own = table.of_part(name)
+        scores[name] = {"accuracy": own.accuracy(), "loss": own.mean_loss()}
     session = "new" in sizes
     results = {
         "valid": scores.get("new") or scores.get("random"),
@@ -109,7 +107,6 @@ def make_run(
     for name, content in {
         "results.json": json.dumps(results),
         "history.json": json.dumps(history),
-        "speakers.txt": "\n".join(names),
         "hyperparams.yaml": "seed: 0\nlr: 0.001  # <peak>\n",
         "manifests/split_report.json": json.dumps(split),
     }.items():

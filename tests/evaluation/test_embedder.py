@@ -86,7 +86,7 @@ def test_no_embedding_depends_on_its_batch(
     check()
 
 
-def test_whole_is_the_model_itself(model, utterances):
+def test_whole_utterances_go_through_the_model_unchanged(model, utterances):
     x, lengths = padded(utterances)
     with torch.inference_mode():
         direct = model(x, lengths / x.shape[1])
@@ -142,7 +142,9 @@ def test_running_out_of_memory_halves_the_budget_and_goes_on(
     assert sum(size > 100 for size in small.sizes) == failed
 
 
-def test_what_is_too_long_alone_goes_by_windows(model, utterances):
+def test_utterance_too_long_for_the_memory_is_embedded_by_windows(
+    model, utterances
+):
     small = Small(model, 45, OUT_OF_MEMORY["gpu"])
     options = {"window_frames": 20, "window_hop": 10}
     embedder = UtteranceEmbedder(small, 10_000, **options)
@@ -155,10 +157,20 @@ def test_what_is_too_long_alone_goes_by_windows(model, utterances):
         assert torch.allclose(found[row], expected, atol=1e-5)
 
 
-def test_what_does_not_fit_at_all_costs_one_sentence(model, utterances):
+def test_window_too_long_for_the_memory_is_refused_in_one_sentence(
+    model, utterances
+):
     embedder = UtteranceEmbedder(Small(model, 5, OUT_OF_MEMORY["cpu"]), 1000)
     with pytest.raises(UserError, match="Not even 70 frames fit into memory"):
         embed(embedder, utterances)
+
+
+def test_relative_lengths_are_refused(model, utterances):
+    x, lengths = padded(utterances)
+    for evaluation in "whole", "windows":
+        embedder = UtteranceEmbedder(model, 1000, evaluation=evaluation)
+        with pytest.raises(TypeError, match="absolute_lengths"):
+            embedder(x, lengths / x.shape[1])
 
 
 def test_other_errors_are_not_swallowed(model, utterances):
@@ -167,7 +179,7 @@ def test_other_errors_are_not_swallowed(model, utterances):
         embed(embedder, utterances)
 
 
-def test_the_allocators_own_errors_are_known():
+def test_allocator_errors_count_as_out_of_memory():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(raised.value)
@@ -186,8 +198,8 @@ def test_the_budget_bounds_each_pass(model):
     assert max(small.sizes) == 160
 
 
-def test_wrong_choices_cost_one_sentence(model):
-    with pytest.raises(UserError, match="none of whole, windows"):
+def test_wrong_choices_are_refused_in_one_sentence(model):
+    with pytest.raises(UserError, match="must be whole or windows"):
         UtteranceEmbedder(model, 100, evaluation="crops")
-    with pytest.raises(UserError, match="frames would be left out"):
+    with pytest.raises(UserError, match="frames are left out"):
         UtteranceEmbedder(model, 100, window_frames=10, window_hop=11)

@@ -1,4 +1,4 @@
-"""Tests of the measures: closed forms, counts by hand, properties."""
+"""Tests of the metrics: closed forms, counts by hand, properties."""
 
 import math
 from itertools import pairwise
@@ -57,7 +57,9 @@ def test_calibration_error_is_the_closed_form():
     """With all in one bin, it is |mean confidence - accuracy|."""
     bins = reliability(np.full(10, 0.9), np.arange(10) < 6)
     assert bins.error == pytest.approx(0.3)
-    assert bins.count.sum() == bins.count[13] == 10  # 13/15 < 0.9 <= 14/15
+    assert (
+        bins.utterances.sum() == bins.utterances[13] == 10
+    )  # 13/15 < 0.9 <= 14/15
     assert bins.accuracy[13] == pytest.approx(0.6)
     assert bins.confidence[13] == pytest.approx(0.9)
     assert np.isnan(bins.accuracy[0])
@@ -70,7 +72,7 @@ def test_calibration_error_weighs_the_bins():
     bins = reliability(confidence, right, n_bins=2)
     expected = 3 / 4 * abs(0.95 - 2 / 3) + 1 / 4 * abs(0.25 - 1)
     assert bins.error == pytest.approx(expected)
-    assert bins.count.tolist() == [1, 3]
+    assert bins.utterances.tolist() == [1, 3]
 
 
 def test_calibrated_guesses_have_a_small_error():
@@ -85,7 +87,7 @@ def test_calibrated_guesses_have_a_small_error():
 
 def test_confidences_at_the_ends_have_a_bin():
     bins = reliability(np.array([0.0, 1.0, 1 + 1e-7]), np.array([0, 1, 1]))
-    assert bins.count[0] == 1 and bins.count[-1] == 2
+    assert bins.utterances[0] == 1 and bins.utterances[-1] == 2
 
 
 def test_confused_pairs_are_counted():
@@ -101,18 +103,18 @@ def test_confused_pairs_are_counted():
     assert confused_pairs(target, target) == []
 
 
-def test_what_is_expected_by_hand():
+def test_estimated_accuracy_by_hand():
     """Speaker 0: right half of the time, 0.7 sure; speaker 1: right, 0.9 sure.
     So 0.75 are right, 0.8 are claimed, and 0.65 are claimed of the new."""
-    told = expected_accuracy(
+    estimate = expected_accuracy(
         np.array([0.8, 0.6, 0.9]),
         np.array([1, 0, 1]),
         np.array([4, 4, 7]),
         np.array([0.5, 0.8, 0.6, 0.7]),
         np.array([4, 7, 4, 7]),
     )
-    assert told.accuracy == pytest.approx(0.75 - (0.8 - 0.65))
-    assert (told.low, told.high) == (0, 1)  # of two speakers
+    assert estimate.accuracy == pytest.approx(0.75 - (0.8 - 0.65))
+    assert (estimate.low, estimate.high) == (0, 1)  # of two speakers
 
 
 def test_the_interval_is_student_s():
@@ -121,32 +123,32 @@ def test_the_interval_is_student_s():
     right, speaker = np.ones(600), np.arange(600) % 6
     claimed = right - surplus[speaker]
     new = np.tile([0.5, 0.7], 300)
-    told = expected_accuracy(claimed, right, speaker, new, np.full(600, 3))
+    estimate = expected_accuracy(claimed, right, speaker, new, np.full(600, 3))
     half = 2.570581835636314 * surplus.std(ddof=1) * math.sqrt(1 / 6 + 1)
-    assert told.accuracy == pytest.approx(0.5)
-    assert told.low == pytest.approx(0.5 - half)
-    assert told.high == pytest.approx(0.5 + half)
+    assert estimate.accuracy == pytest.approx(0.5)
+    assert estimate.low == pytest.approx(0.5 - half)
+    assert estimate.high == pytest.approx(0.5 + half)
     # 4, 1 and 1 utterances say as much as 36 / 18 speakers of equally many.
     guess = np.repeat([0, 1, 2], [400, 100, 100])
-    told = expected_accuracy(claimed, right, speaker, new, guess)
+    estimate = expected_accuracy(claimed, right, speaker, new, guess)
     half *= math.sqrt(1 / 6 + 1 / 2) / math.sqrt(1 / 6 + 1)
-    assert told.high == pytest.approx(0.5 + half)
+    assert estimate.high == pytest.approx(0.5 + half)
 
 
-def test_no_mistake_among_few_is_no_certainty():
+def test_interval_has_a_width_without_errors():
     """All are right, and all claims alike: what is left is a binomial, of two
     more right ones and two more wrong ones."""
     right, speaker = np.ones(40), np.arange(40) % 10
     sure = np.full(40, 0.9)
     for change, share in (-0.05, 40 / 44), (0.0, 42 / 44), (0.05, 42 / 44):
-        told = expected_accuracy(
+        estimate = expected_accuracy(
             sure, right, speaker, sure[:20] + change, speaker[:20]
         )
         variance = share * (1 - share) * (1 / 40 + 1 / 20)
         half = 2.2621571628540993 * math.sqrt(variance)
-        assert told.accuracy == pytest.approx(min(1, 1 + change))
-        assert told.low == pytest.approx(1 + change - half)
-        assert told.high == 1
+        assert estimate.accuracy == pytest.approx(min(1, 1 + change))
+        assert estimate.low == pytest.approx(1 + change - half)
+        assert estimate.high == 1
 
 
 def test_a_calibrated_models_accuracy_lies_in_the_interval():
@@ -162,14 +164,14 @@ def test_a_calibrated_models_accuracy_lies_in_the_interval():
         for _ in range(400):
             right = generator.random(len(speaker)) < accuracy
             truth = (generator.random(tested) < accuracy).mean()
-            told = expected_accuracy(
+            estimate = expected_accuracy(
                 said,
                 right,
                 speaker,
                 np.full(tested, accuracy),
                 generator.integers(speakers, size=tested),
             )
-            held += told.low <= truth <= told.high
+            held += estimate.low <= truth <= estimate.high
         assert held >= 0.95 * 400
 
 
@@ -181,7 +183,9 @@ guesses = st.lists(
 
 
 @given(guesses, st.randoms())
-def test_the_validated_ones_are_expected_as_they_were(guesses, random):
+def test_estimate_for_the_validated_utterances_is_their_accuracy(
+    guesses, random
+):
     """By speaker, in any order, however often an utterance is there."""
     confidence, right, speaker = (
         np.array(c) for c in zip(*guesses, strict=True)
@@ -192,33 +196,33 @@ def test_the_validated_ones_are_expected_as_they_were(guesses, random):
     )
     accuracies = [right[speaker == s].mean() for s in np.unique(speaker)]
     drawn = random.sample(range(len(speaker)), len(speaker))
-    told = expected_accuracy(
+    estimate = expected_accuracy(
         confidence[drawn],
         right[drawn],
         speaker[drawn],
         confidence[rows],  # so that each speaker has as many
         speaker[rows],
     )
-    assert told.accuracy == pytest.approx(np.mean(accuracies), abs=1e-9)
-    assert 0 <= told.low <= told.accuracy <= told.high <= 1
+    assert estimate.accuracy == pytest.approx(np.mean(accuracies), abs=1e-9)
+    assert 0 <= estimate.low <= estimate.accuracy <= estimate.high <= 1
 
 
-def test_one_speaker_tells_nothing_of_others_and_nan_is_unsure():
+def test_one_speaker_gives_no_interval_and_nan_counts_as_unsure():
     one = expected_accuracy([0.4, 0.6], [0, 1], [3, 3], [0.5], [3])
     assert one == (0.5, 0, 1)
     sure, lost = [0.8, 0.9], [math.nan, math.nan]
-    told = expected_accuracy(sure, [1, 1], [0, 1], lost, [0, 1])
-    assert told.accuracy == pytest.approx(0.15)
+    estimate = expected_accuracy(sure, [1, 1], [0, 1], lost, [0, 1])
+    assert estimate.accuracy == pytest.approx(0.15)
 
 
-def test_calibrated_guesses_are_expected_right_wherever_they_are_tested():
+def test_estimate_is_right_for_calibrated_guesses():
     generator = np.random.default_rng(0)
     confidence = generator.uniform(size=100_000)
     speaker = np.arange(100_000) % 500
     right = generator.uniform(size=100_000) < confidence
     for new in (confidence**2, confidence**0.5):
-        told = expected_accuracy(confidence, right, speaker, new, speaker)
-        assert told.accuracy == pytest.approx(new.mean(), abs=0.01)
+        estimate = expected_accuracy(confidence, right, speaker, new, speaker)
+        assert estimate.accuracy == pytest.approx(new.mean(), abs=0.01)
 
 
 @pytest.mark.parametrize("others", [True, False])
@@ -233,14 +237,14 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(others):
         right = generator.uniform(size=600) < skill[0][speaker]
         # Less sure by 0.2, and less often right by as much.
         truth = generator.uniform(size=600) < skill[then][speaker] - 0.2
-        told = expected_accuracy(
+        estimate = expected_accuracy(
             claim[0][speaker],
             right,
             speaker,
             claim[then][speaker] - 0.2,
             speaker,
         )
-        inside.append(told.low <= truth.mean() <= told.high)
+        inside.append(estimate.low <= truth.mean() <= estimate.high)
     if others:
         assert 0.93 <= np.mean(inside) <= 0.97
     else:

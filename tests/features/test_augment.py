@@ -5,11 +5,8 @@ import math
 import pytest
 import torch
 
-from spkid.features.augment import (
-    NAT_PER_DB,
-    ChannelAugment,
-    SpectrogramMasking,
-)
+from spkid.features import ChannelAugment, SpectrogramMasking
+from spkid.features.augment import NAT_PER_DB
 
 MODULES = {"channel": ChannelAugment, "masking": SpectrogramMasking}
 LENGTHS = torch.tensor([60, 1, 33])

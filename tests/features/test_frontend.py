@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import torch
 
-from spkid.features.frontend import (
+from spkid.features import (
     LogMel,
     load_features,
     remove_silence,

@@ -1,14 +1,12 @@
-"""Poolings against plain formulas on each utterance by itself."""
+"""Poolings against plain formulas; test_padding.py holds what all share."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from speechbrain.lobes.models.ECAPA_TDNN import (
     AttentiveStatisticsPooling as SpeechBrainPooling,
 )
 
-from spkid.models.pooling import (
+from spkid.models import (
     AttentiveStatisticsPooling,
     FirstFramePooling,
     MeanPooling,
@@ -16,46 +14,13 @@ from spkid.models.pooling import (
 )
 
 D = 8
-POOLINGS = {
-    "mean": lambda: MeanPooling(D),
-    "first": lambda: FirstFramePooling(D),
-    "self-attentive": lambda: SelfAttentivePooling(D),
-    "multi-head": lambda: SelfAttentivePooling(D, n_heads=4),
-    "statistics": lambda: AttentiveStatisticsPooling(D, global_context=False),
-    "statistics-context": lambda: AttentiveStatisticsPooling(D),
-}
 
 
-@pytest.mark.parametrize("name", POOLINGS)
-@settings(max_examples=20, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
-    pad=st.sampled_from([0.0, -20.0, 1e4]),
-)
-def test_padding_does_not_count(name, lengths, pad):
-    torch.manual_seed(sum(lengths))
-    pooling = POOLINGS[name]().eval()
-    utterances = [torch.randn(n, D) for n in lengths]
-    batch = torch.full((len(lengths), max(lengths) + 2, D), pad)
-    for row, utterance in zip(batch, utterances, strict=True):
-        row[: len(utterance)] = utterance
-    together = pooling(batch, torch.tensor(lengths))
-    assert together.shape == (len(lengths), pooling.output_size)
-    for row, utterance in zip(together, utterances, strict=True):
-        assert (row - pooling(utterance[None])[0]).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize("name", POOLINGS)
-@pytest.mark.parametrize("frames", [1, 5])
-def test_finite_on_one_frame_and_on_constant_input(name, frames):
-    pooling = POOLINGS[name]()
-    x = torch.full((2, frames, D), 3.0, requires_grad=True)
-    pooled = pooling(x, torch.tensor([frames, 1]))
-    pooled.sum().backward()
-    assert pooled.isfinite().all()
-    assert x.grad.isfinite().all()
-    for parameter in pooling.parameters():
-        assert parameter.grad is None or parameter.grad.isfinite().all()
+def test_mean_and_first_frame_are_what_they_say():
+    x, lengths = torch.randn(2, 5, D), torch.tensor([3, 5])
+    expected = torch.stack((x[0, :3].mean(0), x[1].mean(0)))
+    assert torch.allclose(MeanPooling(D)(x, lengths), expected, atol=1e-6)
+    assert torch.equal(FirstFramePooling(D)(x, lengths), x[:, 0])
 
 
 def test_self_attentive_is_its_formula():
@@ -99,5 +64,5 @@ def test_statistics_are_speechbrains():
 
 
 def test_heads_must_divide_the_features():
-    with pytest.raises(ValueError, match="n_heads=3 does not divide"):
+    with pytest.raises(ValueError, match="n_heads=3 must divide input_size=8"):
         SelfAttentivePooling(D, n_heads=3)

@@ -1,7 +1,4 @@
-"""What test_distributed.py runs in several processes.
-
-Usage: python ranks.py OUTPUT_FOLDER     (with RANK, WORLD_SIZE, ... set)
-"""
+"""What test_distributed.py runs in each of several processes."""
 
 from __future__ import annotations
 
@@ -12,11 +9,10 @@ from pathlib import Path
 
 import torch
 
-from spkid.data.batches import LengthBatches
+from spkid.data import LengthBatches
 from spkid.errors import run_command
-from spkid.evaluation.scores import Score, gather_scores
-from spkid.training.brain import RobustBrain
-from spkid.training.checkpoints import AtomicCheckpointer
+from spkid.evaluation import Evaluation
+from spkid.training import AtomicCheckpointer, RobustBrain
 
 # Ranks get 2 and 2, 2 and 1, and 1 and 1 of these utterances.
 BATCHES = [[1.0, 2.0, 4.0, -3.0], [0.5, 6.0, -2.0], [3.0, 8.0]]
@@ -78,23 +74,37 @@ def save_with_a_fault(folder: Path, rank: int, faulty: int) -> list:
     return sorted(p.name[:4] for p in folder.iterdir())
 
 
-def main(arguments: list[str]) -> None:
-    """Writes what this rank found; then rank 1 is killed in a step."""
-    rank, n_ranks = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE"))
-    torch.distributed.init_process_group("gloo")
-    output = Path(arguments[0])
-    weight, losses = learn(rank, n_ranks)
+def score(rank: int, n_ranks: int) -> tuple[list[str], list[str]]:
+    """Names that this rank has scored, and those of the gathered table."""
     own = [
         f"utterance {index}"
         for batch in LengthBatches(LENGTHS, 8, rank=rank, n_ranks=n_ranks)
         for index in batch
     ]
-    scores = gather_scores({name: Score(rank, 0, 0.5) for name in own})
+    n = len(own)
+    scored = Evaluation.of_batch(
+        own,
+        torch.zeros(n, 2),
+        torch.zeros(n, dtype=torch.long),
+        torch.zeros(n, 3),
+        [1] * n,
+        ["new"] * n,
+        ("ann", "bob"),
+    )
+    return own, sorted(scored.gather().id.tolist())
+
+
+def main(output: Path) -> None:
+    """Writes what this rank found; then rank 1 is killed in a step."""
+    rank, n_ranks = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE"))
+    torch.distributed.init_process_group("gloo")
+    weight, losses = learn(rank, n_ranks)
+    own, everybodys = score(rank, n_ranks)
     found = {
         "weight": weight,
         "losses": losses,
         "own": own,
-        "all": sorted(scores),
+        "all": everybodys,
         "left": [
             save_with_a_fault(output / f"fault {n}", rank, n) for n in (0, 1)
         ],
@@ -108,5 +118,7 @@ def main(arguments: list[str]) -> None:
     learn(rank, n_ranks, signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    run_command(main)
+def process(output: Path, environment: dict[str, str]) -> None:
+    """One rank, as a command."""
+    os.environ.update(environment)
+    run_command(lambda _: main(output))

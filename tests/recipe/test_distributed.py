@@ -12,31 +12,55 @@ from pathlib import Path
 
 import pytest
 import ranks
-from corpus import make_corpus
-from test_recipe import ENVIRONMENT, ROOT, command, run, same, weights
+from harness import (
+    ENVIRONMENT,
+    ROOT,
+    Running,
+    assert_one_sentence,
+    results,
+    run,
+    same,
+    start,
+    train_arguments,
+    weights,
+)
 
+pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-ALONE = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
-SCRIPT = str(Path(ranks.__file__))
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus") / "data")
+def places():
+    """The variables of two processes without an agent, as under srun: nobody
+    but they themselves can notice that one is gone."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    return [
+        {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+        }
+        for rank in (0, 1)
+    ]
 
 
-def train(data, output, *more):
+def arguments_of(data, output, *more):
     """28 utterances in batches of 5: ranks get 3 and 2, and 2 and 1."""
-    arguments = command(data, output, "--dropout=0", *more)
-    return [a.replace("batch_size=4", "batch_size=5") for a in arguments]
+    more = ["--dropout=0", "--batch_size=5", *more]
+    return train_arguments(data, output, *more)
 
 
 @pytest.fixture(scope="module")
 def two(data, tmp_path_factory):
     """An undisturbed run of two processes."""
     output = tmp_path_factory.mktemp("two") / "out"
-    done = run([*ALONE, *train(data, output)[1:]])
-    assert done.returncode == 0, done.stderr
+    arguments = arguments_of(data, output)
+    both = [start("train", arguments, ROOT, place) for place in places()]
+    ends = [process.wait() for process in both]
+    assert [e.returncode for e in ends] == [0, 0], ends[0].stderr
     return output
 
 
@@ -46,63 +70,34 @@ def losses(output):
 
 
 def test_two_processes_learn_what_one_learns(data, two, tmp_path):
-    one = train(data, tmp_path / "one")
-    assert run(one).returncode == 0
-    results = [
-        json.loads((output / "results.json").read_text())
-        for output in (tmp_path / "one", two)
-    ]
+    one = tmp_path / "one"
+    done = run("train", arguments_of(data, one))
+    assert done.returncode == 0, done.stderr
     for name in ("valid", "test"):
-        accuracies = [result[name]["accuracy"] for result in results]
-        assert accuracies[0] == accuracies[1]
+        ours, theirs = results(one)[name], results(two)[name]
+        assert ours["accuracy"] == theirs["accuracy"]
     assert len(losses(two)) == 8
-    assert losses(two) == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
-    done = run([a.replace(str(tmp_path / "one"), str(two)) for a in one])
-    assert done.returncode == 1
-    assert "begun with processes=2, not 1" in done.stderr
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    assert losses(two) == pytest.approx(losses(one), abs=1e-3)
+    done = run("train", arguments_of(data, two))
+    assert_one_sentence(done, "started with processes=2, not 1")
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Two processes without an agent, as under srun: nobody but they
-    themselves can notice that one is gone."""
+    """What two ranks have found, what the first has printed, and how they
+    ended."""
     output = tmp_path_factory.mktemp("pair")
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, str(output)],
-            env={
-                **ENVIRONMENT,
-                **place,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    processes[1].wait(120)
-    said = processes[0].communicate(timeout=60)[1]
-    return output, said, [process.returncode for process in processes]
-
-
-def found_by(output):
+    both = [Running(ranks.process, output, place) for place in places()]
+    ends = [process.wait() for process in both]
     files = [output / f"rank{rank}.json" for rank in (0, 1)]
-    return [json.loads(file.read_text()) for file in files]
+    assert all(file.exists() for file in files), ends
+    found = [json.loads(file.read_text()) for file in files]
+    return found, ends[0].stderr, [end.returncode for end in ends]
 
 
 def test_uneven_shares_weigh_and_count_right(pair):
     """The reference is one process that sees the whole batches."""
-    output, said, _ = pair
-    found = found_by(output)
+    found, said, _ = pair
     weight, epochs = ranks.learn(0, 1)
     for each in found:
         assert each["weight"] == pytest.approx(weight, rel=1e-5)
@@ -117,8 +112,23 @@ def test_uneven_shares_weigh_and_count_right(pair):
     assert said.count("a checkpoint could not be saved") == 2
 
 
+def test_the_reference_is_the_closed_form():
+    weight, means = 0.0, []
+    for _ in range(3):
+        losses = []
+        for batch in ranks.BATCHES:
+            errors = [weight * x - 2 * x + 1 for x in batch]
+            losses.append(sum(e * e for e in errors) / len(batch))
+            slope = sum(2 * e * x for e, x in zip(errors, batch, strict=True))
+            weight -= 0.01 * slope / len(batch)
+        means.append(sum(losses) / len(losses))
+    found = ranks.learn(0, 1)
+    assert found[0] == pytest.approx(weight, rel=1e-5)
+    assert found[1] == pytest.approx(means, rel=1e-5)
+
+
 def test_a_signal_to_one_ends_both_with_its_code(pair):
-    codes = [found["code"] for found in found_by(pair[0])]
+    codes = [found["code"] for found in pair[0]]
     assert codes == [128 + signal.SIGUSR1] * 2
 
 
@@ -127,21 +137,6 @@ def test_when_one_is_killed_the_other_ends_with_a_message(pair):
     assert codes == [1, -signal.SIGKILL]
     assert "Another process of this run has ended" in said
     assert "Traceback" not in said
-
-
-def test_the_mean_loss_of_an_epoch_weighs_utterances():
-    weight, losses = 0.0, []
-    for _ in range(3):
-        total = 0.0
-        for batch in ranks.BATCHES:
-            errors = [weight * x - 2 * x + 1 for x in batch]
-            total += sum(e * e for e in errors)
-            slope = sum(2 * e * x for e, x in zip(errors, batch, strict=True))
-            weight -= 0.01 * slope / len(batch)
-        losses.append(total / sum(map(len, ranks.BATCHES)))
-    found = ranks.learn(0, 1)
-    assert found[0] == pytest.approx(weight, rel=1e-5)
-    assert found[1] == pytest.approx(losses, rel=1e-5)
 
 
 def worker(agent, rank):
@@ -159,12 +154,15 @@ def worker(agent, rank):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
-def test_a_killed_rank_ends_all_and_the_run_goes_on(data, two, tmp_path):
+def test_torchrun_ends_with_a_killed_rank_and_resumes(data, two, tmp_path):
     output = tmp_path / "out"
     often = ["--ckpt_interval_steps=1", "--ckpt_interval_minutes=0"]
-    arguments = [*ALONE, *train(data, output, *often)[1:]]
+    command = [
+        *[*TORCHRUN, "--standalone", "--nproc_per_node=2", "train.py"],
+        *arguments_of(data, output, *often),
+    ]
     process = subprocess.Popen(
-        arguments,
+        command,
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -181,7 +179,15 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(data, two, tmp_path):
     assert process.returncode == 1
     assert "SIGKILL" in said
     assert not (output / "results.json").exists()
-    done = run(arguments)
+    done = subprocess.run(
+        command,
+        check=False,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert same(weights(two), weights(output))
 
@@ -221,7 +227,8 @@ def test_two_hosts_learn_what_one_learns(data, two, hosts, tmp_path):
                 *["ip", "netns", "exec", host, *TORCHRUN, "--nnodes=2"],
                 *["--nproc_per_node=1", f"--node_rank={number}"],
                 *["--master_addr=10.77.0.1", "--master_port=29500"],
-                *train(data, output)[1:],
+                "train.py",
+                *arguments_of(data, output),
             ],
             cwd=ROOT,
             env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0"},

@@ -4,14 +4,9 @@ import itertools
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1] / "recipes" / "ML2022hw4")
-)
 
 import mini_corpus
 from spkid.errors import UserError

@@ -9,10 +9,7 @@ import pytest
 import torch
 
 from spkid.errors import UserError
-from spkid.files import save_atomically
-from spkid.training import checkpoints
-from spkid.training.checkpoints import AtomicCheckpointer, RunState
-from spkid.training.loggers import EpochLogger, EpochTensorboardLogger
+from spkid.training import AtomicCheckpointer, RunState, checkpoints
 
 
 @pytest.fixture
@@ -147,12 +144,12 @@ def draw():
 
 
 def test_all_random_states_come_back(tmp_path):
-    state = RunState({"seed": 1})
+    state = RunState()
     random.gauss(0, 1)  # leaves a cached second value
     state.save(tmp_path / "state.ckpt")
     expected = draw()
     draw()
-    RunState({"seed": 1}).load(tmp_path / "state.ckpt", True)
+    RunState().load(tmp_path / "state.ckpt", True)
     for ours, theirs in zip(draw(), expected, strict=True):
         assert np.array_equal(ours, theirs)
 
@@ -164,75 +161,3 @@ def test_time_goes_on_where_it_was(tmp_path):
     other = RunState()
     other.load(tmp_path / "state.ckpt", True)
     assert 1000 <= other.seconds < 1060
-
-
-def test_another_identity_is_refused(tmp_path):
-    begun = {"seed": 1, "data": "a", "data_folder": "x", "pooling": "yaml 0"}
-    RunState(begun).save(tmp_path / "state.ckpt")
-    for change, words in (
-        ({"seed": 2}, "begun with seed=1, not 2; go on with 1, or give"),
-        ({"data": "b"}, "begun with other data, those of x; give another"),
-        ({"pooling": "yaml 1"}, "begun with another 'pooling' in its YAML"),
-    ):
-        with pytest.raises(UserError, match=words):
-            RunState(begun | change).load(tmp_path / "state.ckpt", True)
-    moved = RunState(begun | {"data_folder": "y"})
-    moved.load(tmp_path / "state.ckpt", True)
-
-
-def test_a_text_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "folder" / "a.txt"
-    save_atomically("first", path)
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoints.os, "fsync", full)
-    with pytest.raises(UserError, match=r"a\.txt: could not be written"):
-        save_atomically("second", path)
-    assert path.read_text() == "first"
-    assert len(list(path.parent.iterdir())) == 1
-
-
-def test_an_epoch_that_is_logged_again_has_one_line(tmp_path):
-    path = tmp_path / "log.txt"
-    log = EpochLogger(path)
-    for epoch, loss in ((1, 0.5), (2, 0.25)):
-        log.log_stats({"epoch": epoch}, {"loss": loss}, verbose=False)
-    again = EpochLogger(path)  # after a kill, from the checkpoint of epoch 1
-    again.log_stats({"epoch": 2}, {"loss": 0.125}, verbose=False)
-    assert path.read_text().splitlines() == [
-        "epoch: 1 - train loss: 5.00e-01",
-        "epoch: 2 - train loss: 1.25e-01",
-    ]
-
-
-def test_a_line_that_could_not_be_written_comes_with_the_next(
-    tmp_path, monkeypatch, caplog
-):
-    log = EpochLogger(tmp_path / "log.txt")
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoints.os, "fsync", full)
-        log.log_stats({"epoch": 1}, {"loss": 0.5}, verbose=False)
-    assert "No space left" in caplog.text
-    log.log_stats({"epoch": 2}, {"loss": 0.25}, verbose=False)
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
-
-
-def test_tensorboards_steps_are_epochs(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import (
-        EventAccumulator,
-    )
-
-    for epochs in ((1, 2), (3, 4)):  # two processes of one run
-        log = EpochTensorboardLogger(tmp_path)
-        for epoch in epochs:
-            log.log_stats({"epoch": epoch}, {"loss": epoch / 8})
-    found = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/train")
-    assert [(e.step, e.value) for e in found] == [
-        (epoch, epoch / 8) for epoch in (1, 2, 3, 4)
-    ]

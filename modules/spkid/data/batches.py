@@ -20,15 +20,6 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 def utterance_key(utterance_id: str) -> int:
     """A 63-bit number for a name, the same on every machine.
 
-    Arguments
-    ---------
-    utterance_id : str
-        Any text.
-
-    Returns
-    -------
-    int
-
     Example
     -------
     >>> utterance_key("uttr-0.pt") == utterance_key("uttr-0.pt")
@@ -44,7 +35,7 @@ def hash_uniform(seed: int, epoch: int, keys: np.ndarray) -> np.ndarray:
     Arguments
     ---------
     seed, epoch : int
-        What else the numbers depend on.
+        Other seeds and epochs give other numbers.
     keys : numpy.ndarray [n]
         Integers, as from :func:`utterance_key`.
 
@@ -91,7 +82,6 @@ def crop_starts(
     Returns
     -------
     numpy.ndarray [n]
-        int64.
 
     Example
     -------
@@ -105,16 +95,16 @@ def crop_starts(
 def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
     """As many items as there are, each class equally often.
 
-    Of a class with more items than its share, some sit out this epoch; of one
-    with fewer, all come, and some once more than others. Where the shares
-    don't come out even, the classes drawn for one more change each epoch.
+    Larger classes are subsampled each epoch, smaller ones repeated evenly.
+    Shares differ by at most one item; which classes get one more is drawn
+    anew each epoch.
 
     Arguments
     ---------
     seed, epoch : int
         The order is a pure function of these.
     labels : numpy.ndarray [n]
-        Class of each item, from 0 on, none left out.
+        Class of each item; classes are numbered from 0 without gaps.
 
     Returns
     -------
@@ -143,8 +133,8 @@ class ShuffledBatches(Sampler):
     """Every utterance once an epoch, in an order drawn from (seed, epoch).
 
     SpeechBrain's ReproducibleRandomSampler isn't used because its distributed
-    wrapper shuffles by seed 0 whatever the seed, and fails on a rank that is
-    left with a single batch.
+    wrapper always shuffles by seed 0, and fails on a rank that is left with a
+    single batch.
 
     Arguments
     ---------
@@ -162,8 +152,8 @@ class ShuffledBatches(Sampler):
     lengths : numpy.ndarray [n_items], optional
         Frames of each crop, for ``bucket_batches``.
     bucket_batches : int
-        The utterances of so many batches are sorted by length before they are
-        dealt out, so that little is padded; 1: they aren't.
+        Sorts this many batches' utterances by length before batching, so that
+        little is padded; 1: off.
 
     Example
     -------
@@ -188,13 +178,8 @@ class ShuffledBatches(Sampler):
         self.least = max(2, n_ranks)
         if batch_size < self.least:
             raise UserError(
-                f"batch_size={batch_size} is less than {self.least}: a batch "
-                "needs two utterances, and one for each process."
-            )
-        if bucket_batches < 1:
-            raise UserError(
-                f"bucket_batches={bucket_batches} is less than 1, which means "
-                "that nothing is sorted."
+                f"batch_size={batch_size} must be at least {self.least}: two "
+                "utterances, and one for each process."
             )
         self.n_items, self.batch_size, self.seed = n_items, batch_size, seed
         self.rank, self.n_ranks, self.epoch = rank, n_ranks, 0
@@ -210,29 +195,29 @@ class ShuffledBatches(Sampler):
         full, rest = divmod(self.n_items, self.batch_size)
         return full + 1 if rest >= self.least or not full else full
 
-    def _order(self):
+    def _order(self) -> np.ndarray:
         if self.labels is not None:
             return balanced_order(self.seed, self.epoch, self.labels)
         draw = hash_uniform(self.seed, self.epoch, np.arange(self.n_items))
         return np.argsort(draw, kind="stable")
 
-    def _bucketed(self, order):
+    def _bucketed(self, order: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Sorts within buckets; then the whole batches are shuffled."""
         bucket = np.arange(self.n_items) // self.bucket
-        order = order[np.lexsort((self.lengths[order], bucket))]
+        order = order[np.lexsort((lengths[order], bucket))]
         full = self.n_items // self.batch_size
         whole = order[: full * self.batch_size].reshape(full, self.batch_size)
         # Other numbers than those of the order.
         keys = self.n_items + np.arange(full)
         draw = hash_uniform(self.seed, self.epoch, keys)
-        whole = whole[np.argsort(draw, kind="stable")].flatten()
-        return np.concatenate((whole, order[len(whole) :]))
+        mixed = whole[np.argsort(draw, kind="stable")].flatten()
+        return np.concatenate((mixed, order[len(mixed) :]))
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yields this rank's indices of each batch."""
         order = self._order()
-        if self.bucket > self.batch_size:
-            order = self._bucketed(order)
+        if self.lengths is not None and self.bucket > self.batch_size:
+            order = self._bucketed(order, self.lengths)
         for number in range(1, len(self) + 1):
             begin = (number - 1) * self.batch_size
             # Too small a rest joins the last batch.
@@ -246,9 +231,10 @@ class ShuffledBatches(Sampler):
 class LengthBatches(Sampler):
     """Batches of similar length with a bound on their padded frames.
 
-    Longest first: what doesn't fit into memory fails at once. (SpeechBrain's
-    DynamicBatchSampler isn't used because its buckets don't bound a batch's
-    frames, and it drops what is longer than its longest bucket.)
+    The longest come first, so that a batch too large for the memory fails at
+    once. (SpeechBrain's DynamicBatchSampler isn't used because its buckets
+    don't bound a batch's frames, and it drops utterances that are longer than
+    its longest bucket.)
 
     Arguments
     ---------
@@ -270,14 +256,15 @@ class LengthBatches(Sampler):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         max_frames: int,
         equal: bool = False,
         rank: int = 0,
         n_ranks: int = 1,
     ) -> None:
         lengths = np.asarray(lengths)
-        batches, batch = [], []
+        batches: list[list[int]] = []
+        batch: list[int] = []
         for index in np.argsort(-lengths, kind="stable").tolist():
             if batch:
                 longest = lengths[batch[0]]

@@ -1,11 +1,11 @@
-"""Manifests and a pack become SpeechBrain datasets and loaders."""
+"""Manifests and features become SpeechBrain datasets and loaders."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,34 +13,37 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataloader import SaveableDataLoader, make_dataloader
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.encoder import CategoricalEncoder
+from speechbrain.utils.epoch_loop import EpochCounter
+from torch.utils.data import Sampler
 
-from spkid.data.batches import LengthBatches, ShuffledBatches, crop_starts, utterance_key
-from spkid.errors import UserError
-from spkid.models.masks import relative_lengths
+from spkid.data.batches import (
+    LengthBatches,
+    ShuffledBatches,
+    crop_starts,
+    utterance_key,
+)
 from spkid.data.feature_file import FeatureFiles
 from spkid.data.pack import PackedFeatures
+from spkid.distributed import rank, world_size
+from spkid.errors import one_of
+from spkid.models.masks import relative_lengths
 
 SAMPLERS = ("all", "balanced")
 
 
-def label_encoder(speakers: Sequence[str]) -> CategoricalEncoder:
-    """SpeechBrain's encoder with the classes in this very order.
+def label_encoder(
+    speakers: Sequence[str], encoder: CategoricalEncoder | None = None
+) -> CategoricalEncoder:
+    """SpeechBrain's encoder with the classes in the order of ``speakers``.
 
-    Arguments
-    ---------
-    speakers : sequence of str
-        Names by class index.
-
-    Returns
-    -------
-    speechbrain.dataio.encoder.CategoricalEncoder
+    ``encoder`` is an empty one to fill, such as a YAML file's.
 
     Example
     -------
     >>> label_encoder(["zoe", "adam"]).encode_label("zoe")
     0
     """
-    encoder = CategoricalEncoder()
+    encoder = CategoricalEncoder() if encoder is None else encoder
     for index, speaker in enumerate(speakers):
         encoder.enforce_label(speaker, index)
     encoder.expect_len(len(speakers))
@@ -57,25 +60,41 @@ class FeatureDataset(DynamicItemDataset):
 
     Arguments
     ---------
-    hparams : dict
-        Uses ``seed``, ``segment_frames`` and ``epoch_counter``.
     manifest : dict
         Utterance id to ``length`` and ``spk_id``.
     features : PackedFeatures or FeatureFiles
         The features.
     encoder : speechbrain.dataio.encoder.CategoricalEncoder
         The classes.
-    crop : bool
-        Items are random crops of the epoch, not whole utterances.
+    segment_frames : int, optional
+        Items are random crops of at most this many frames, drawn from the
+        seed, the epoch and the utterance's id. None: whole utterances.
+    seed : int
+        Of the crops.
+    epoch_counter : speechbrain.utils.epoch_loop.EpochCounter, optional
+        Says the epoch; crops need it.
+
+    Example
+    -------
+    >>> from spkid.data import Utterance, manifest
+    >>> folder = getfixture("tmp_path")
+    >>> torch.save(torch.ones(3, 40), folder / "a.pt")
+    >>> utterances = [Utterance("a.pt", 3, "ann")]
+    >>> dataset = FeatureDataset(manifest(utterances), FeatureFiles(
+    ...     folder, utterances, n_mels=40), label_encoder(["ann"]))
+    >>> dataset[0]["feats"].shape, dataset[0]["target"]
+    (torch.Size([3, 40]), tensor([0]))
     """
 
     def __init__(
         self,
-        hparams: dict,
         manifest: dict[str, dict],
         features: PackedFeatures | FeatureFiles,
         encoder: CategoricalEncoder,
-        crop: bool,
+        *,
+        segment_frames: int | None = None,
+        seed: int = 0,
+        epoch_counter: EpochCounter | None = None,
     ) -> None:
         super().__init__(
             manifest,
@@ -93,9 +112,11 @@ class FeatureDataset(DynamicItemDataset):
             ],
             output_keys=["id", "feats", "statistics", "target"],
         )
-        self.features, self.encoder, self.crop = features, encoder, crop
-        self.counter, self.seed = hparams["epoch_counter"], hparams["seed"]
-        self.segment = hparams["segment_frames"]
+        if segment_frames is not None and epoch_counter is None:
+            raise ValueError("Crops need an epoch_counter.")
+        self.features, self.encoder = features, encoder
+        self.segment, self.seed = segment_frames, seed
+        self.counter = epoch_counter
         names, entries = self.data_ids, manifest.values()
         self.rows = np.array([features.row[name] for name in names])
         self.lengths = np.array([entry["length"] for entry in entries])
@@ -104,21 +125,27 @@ class FeatureDataset(DynamicItemDataset):
             [self._target(entry["spk_id"]) for entry in entries]
         )
 
-    def _target(self, speaker):
+    def counts(self, lengths: np.ndarray) -> np.ndarray:
+        """Frames of the items of utterances with so many frames [n]."""
+        return np.minimum(lengths, self.segment or lengths)
+
+    def _target(self, speaker: str | None) -> torch.Tensor:
         known = speaker is not None
         return torch.tensor(
             [self.encoder.encode_label(speaker) if known else -1]
         )
 
-    def _parts(self, keys, lengths):
+    def _parts(
+        self, keys: np.ndarray, lengths: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """First frames and numbers of frames that this epoch draws [n]."""
-        if not self.crop:
+        if self.counter is None or self.segment is None:
             return np.zeros_like(lengths), lengths
-        epoch, segment = self.counter.current, self.segment
-        starts = crop_starts(self.seed, epoch, keys, lengths, segment)
-        return starts, np.minimum(lengths, segment)
+        epoch = self.counter.current
+        starts = crop_starts(self.seed, epoch, keys, lengths, self.segment)
+        return starts, self.counts(lengths)
 
-    def _read(self, name, length):
+    def _read(self, name: str, length: int) -> Iterator[torch.Tensor]:
         row = self.features.row[name]
         (start,), (count,) = self._parts(
             np.array([utterance_key(name)]), np.array([length])
@@ -140,7 +167,7 @@ class FeatureDataset(DynamicItemDataset):
             "statistics": (statistics, whole),
             "target": (self.targets[indices], whole.clone()),
         }
-        # Padded already: each example carries the batch, and is the batch.
+        # Already padded: every example holds the whole batch.
         return PaddedBatch(
             [{"id": self.data_ids[index], **padded} for index in indices],
             padded_keys=list(padded),
@@ -150,39 +177,7 @@ class FeatureDataset(DynamicItemDataset):
         )
 
 
-def make_datasets(
-    hparams: dict,
-    manifests: dict[str, dict],
-    features: PackedFeatures | FeatureFiles,
-    encoder: CategoricalEncoder,
-) -> dict[str, FeatureDataset]:
-    """Datasets of crops ("train") and of whole utterances (the others).
-
-    Arguments
-    ---------
-    hparams : dict
-        Uses ``seed``, ``segment_frames`` and ``epoch_counter``.
-    manifests : dict
-        For each set: utterance id to ``length`` and ``spk_id``.
-    features : PackedFeatures or FeatureFiles
-        The features.
-    encoder : speechbrain.dataio.encoder.CategoricalEncoder
-        The classes.
-
-    Returns
-    -------
-    dict
-        A :class:`FeatureDataset` for each manifest.
-    """
-    return {
-        name: FeatureDataset(
-            hparams, manifest, features, encoder, crop=name == "train"
-        )
-        for name, manifest in manifests.items()
-    }
-
-
-def _start_worker(_worker):
+def _start_worker(_worker: int) -> None:
     """Signals to the whole process group are for the main process, which
     saves a checkpoint first; SIGTERM from that process ends a worker."""
     for name in ("SIGINT", "SIGUSR1"):
@@ -193,86 +188,103 @@ def _start_worker(_worker):
         threading.Thread(target=_end_at_parents_word, daemon=True).start()
 
 
-def _end_at_parents_word():
+def _end_at_parents_word() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
-def _as_it_is(batch):
+def _loader(
+    dataset: FeatureDataset, batches: Sampler, num_workers: int
+) -> SaveableDataLoader:
+    return make_dataloader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
+        # A worker can't make batches in the device's memory.
+        num_workers=0 if dataset.features.on_device else num_workers,
+        worker_init_fn=_start_worker,
+        # Else starting an epoch would draw from the dropout's generator.
+        generator=torch.Generator(),
+    )
+
+
+def _as_it_is(batch: PaddedBatch) -> PaddedBatch:
     """The dataset has collated it."""
     return batch
 
 
-def make_loaders(
-    hparams: dict, datasets: dict[str, FeatureDataset]
-) -> dict[str, SaveableDataLoader]:
-    """Loaders: shuffled crops, and whole utterances in batches by length.
-
-    In distributed training each rank's loaders give its own share.
+def train_loader(
+    dataset: FeatureDataset,
+    *,
+    batch_size: int,
+    seed: int,
+    sampler: str = "all",
+    bucket_batches: int = 1,
+    num_workers: int = 0,
+) -> SaveableDataLoader:
+    """Shuffled batches; in distributed training, this process's part of each.
 
     Arguments
     ---------
-    hparams : dict
-        Uses ``batch_size`` (over all ranks), ``seed``, ``num_workers``,
-        ``pack_on_device``, ``sampler``, ``bucket_batches``,
-        ``max_frames_per_batch`` and ``equal_length_batches``.
-    datasets : dict
-        From :func:`make_datasets`.
+    dataset : FeatureDataset
+        The training utterances.
+    batch_size : int
+        Utterances of a batch, over all processes.
+    seed : int
+        Of the order.
+    sampler : str
+        "all": each utterance once an epoch; "balanced": each speaker equally
+        often.
+    bucket_batches : int
+        As for :class:`ShuffledBatches`.
+    num_workers : int
+        Processes that read; none if the features lie in a device's memory.
 
     Returns
     -------
-    dict
-        One for each dataset.
-
-    Raises
-    ------
-    UserError
-        If there is no such sampler.
+    speechbrain.dataio.dataloader.SaveableDataLoader
+        Its ``batch_sampler.set_epoch`` chooses the epoch.
     """
-    if hparams["sampler"] not in SAMPLERS:
-        raise UserError(
-            f"sampler={hparams['sampler']!r} is none of {', '.join(SAMPLERS)}."
-        )
-    rank, n_ranks = 0, 1
-    if torch.distributed.is_initialized():
-        rank = torch.distributed.get_rank()
-        n_ranks = torch.distributed.get_world_size()
-    loaders = {}
-    for name, dataset in datasets.items():
-        if name == "train":
-            labels = None
-            if hparams["sampler"] == "balanced":
-                targets = dataset.targets[:, 0].numpy()
-                labels = np.unique(targets, return_inverse=True)[1]
-            batches = ShuffledBatches(
-                len(dataset),
-                hparams["batch_size"],
-                hparams["seed"],
-                rank,
-                n_ranks,
-                labels,
-                np.minimum(dataset.lengths, dataset.segment),
-                hparams["bucket_batches"],
-            )
-        else:
-            batches = LengthBatches(
-                dataset.lengths,
-                hparams["max_frames_per_batch"],
-                hparams["equal_length_batches"],
-                rank,
-                n_ranks,
-            )
-        loaders[name] = make_dataloader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=_as_it_is,
-            # A worker can't make batches in the device's memory.
-            num_workers=(
-                0 if hparams["pack_on_device"] else hparams["num_workers"]
-            ),
-            worker_init_fn=_start_worker,
-            # Else starting an epoch would draw from the dropout's generator.
-            generator=torch.Generator(),
-        )
-    return loaders
+    one_of(sampler, SAMPLERS, "sampler")
+    labels = None
+    if sampler == "balanced":
+        targets = dataset.targets[:, 0].numpy()
+        labels = np.unique(targets, return_inverse=True)[1]
+    batches = ShuffledBatches(
+        len(dataset),
+        batch_size,
+        seed,
+        rank(),
+        world_size(),
+        labels,
+        dataset.counts(dataset.lengths),
+        bucket_batches,
+    )
+    return _loader(dataset, batches, num_workers)
+
+
+def eval_loader(
+    dataset: FeatureDataset,
+    *,
+    max_frames: int,
+    equal_length: bool = False,
+    num_workers: int = 0,
+) -> SaveableDataLoader:
+    """Batches by length, dealt out to the processes of distributed training.
+
+    Arguments
+    ---------
+    dataset : FeatureDataset
+        The utterances to score.
+    max_frames : int
+        Padded frames of a batch; a longer utterance is a batch of its own.
+    equal_length : bool
+        Whether only utterances of the same length share a batch.
+    num_workers : int
+        As for :func:`train_loader`.
+    """
+    batches = LengthBatches(
+        dataset.lengths, max_frames, equal_length, rank(), world_size()
+    )
+    return _loader(dataset, batches, num_workers)

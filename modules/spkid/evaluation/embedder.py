@@ -1,8 +1,8 @@
 """Embeddings of utterances of any length: whole, or by windows.
 
-How many frames fit into memory depends on model, precision and device, so it
-isn't guessed: a batch that doesn't fit halves the frame budget for good and
-is tried again. No result depends on the budget.
+The number of frames that fit into memory depends on model, precision and
+device. A batch that doesn't fit halves the frame budget from then on and is
+tried again. No result depends on the budget.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from spkid.data.batches import LengthBatches
-from spkid.errors import UserError
+from spkid.errors import UserError, one_of
 from spkid.models.masks import relative_lengths, valid_mask
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ EVALUATIONS = ("whole", "windows")
 
 
 def window_starts(length: int, frames: int, hop: int) -> list[int]:
-    """First frames of the windows of an utterance, the last at its end.
+    """First frames of an utterance's windows, which cover all of it.
 
     Arguments
     ---------
@@ -33,11 +33,8 @@ def window_starts(length: int, frames: int, hop: int) -> list[int]:
     frames : int
         Frames of a window; a shorter utterance is one window.
     hop : int
-        Frames from one window to the next at most; they are spread evenly.
-
-    Returns
-    -------
-    list of int
+        At most this many frames from one window to the next; the windows are
+        spread evenly.
 
     Example
     -------
@@ -57,11 +54,7 @@ def is_out_of_memory(error: Exception) -> bool:
     Arguments
     ---------
     error : Exception
-        What a forward pass raised.
-
-    Returns
-    -------
-    bool
+        Of a forward pass.
 
     Example
     -------
@@ -77,8 +70,11 @@ def is_out_of_memory(error: Exception) -> bool:
 def mean_embeddings(
     embeddings: torch.Tensor, owner: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """One embedding of each utterance from those of its parts: their mean
-    direction, and their mean norm, which some classifiers look at, too.
+    """Embeds each utterance by the mean of its parts.
+
+    Unit vectors and norms are averaged separately; a single part keeps its
+    embedding. A norm says nothing of who speaks, but classifiers that aren't
+    cosines use it.
 
     Arguments
     ---------
@@ -110,11 +106,8 @@ def mean_embeddings(
 class UtteranceEmbedder:
     """Embeds utterances of any length within a budget of frames.
 
-    The embedding of several windows has the direction of the mean of their
-    unit vectors, since a window's norm says nothing of who speaks, and the
-    mean of their norms, for classifiers that aren't cosines; so one window's
-    is its own. An utterance that doesn't fit into memory alone goes by
-    windows.
+    Windows are averaged by :func:`mean_embeddings`. An utterance that doesn't
+    fit into memory alone is embedded by windows.
 
     Arguments
     ---------
@@ -123,12 +116,17 @@ class UtteranceEmbedder:
     max_frames : int
         Padded frames of a forward pass; halved when memory runs out.
     equal : bool
-        Only parts of one length share a pass: for encoders that aren't exact
-        under padding.
+        Only parts of the same length share a pass: for encoders that aren't
+        exact under padding.
     evaluation : str
         "whole" or "windows".
     window_frames, window_hop : int
         As in :func:`window_starts`.
+
+    Raises
+    ------
+    UserError
+        If ``evaluation`` is neither, or windows would leave out frames.
 
     Example
     -------
@@ -147,15 +145,11 @@ class UtteranceEmbedder:
         window_frames: int = 400,
         window_hop: int = 200,
     ) -> None:
-        if evaluation not in EVALUATIONS:
-            raise UserError(
-                f"evaluation={evaluation!r} is none of "
-                f"{', '.join(EVALUATIONS)}."
-            )
+        one_of(evaluation, EVALUATIONS, "evaluation")
         if not 0 < window_hop <= window_frames:
             raise UserError(
                 f"window_hop={window_hop} must be at least 1 and at most "
-                f"window_frames={window_frames}, or frames would be left out."
+                f"window_frames={window_frames}; otherwise frames are left out."
             )
         self.embedding_model, self.max_frames = embedding_model, max_frames
         self.equal, self.evaluation = equal, evaluation
@@ -179,20 +173,24 @@ class UtteranceEmbedder:
 
         Raises
         ------
+        TypeError
+            If the lengths aren't integers.
         UserError
             If not even one window fits into memory.
         """
         batch, frames, _ = features.shape
-        lengths = [frames] * batch if lengths is None else lengths.tolist()
-        parts = [(row, 0, length) for row, length in enumerate(lengths)]
+        if lengths is not None:
+            valid_mask(lengths, frames)  # refuses relative lengths
+        counts = [frames] * batch if lengths is None else lengths.tolist()
+        parts = [(row, 0, count) for row, count in enumerate(counts)]
         if self.evaluation == "windows":
             parts = [window for part in parts for window in self._cut(part)]
-        rows, embeddings = [], []
+        rows: list[int] = []
+        embeddings = []
         while parts:
             counts = [count for _, _, count in parts]
-            group = LengthBatches(counts, self.max_frames, self.equal).batches[
-                0
-            ]
+            batches = LengthBatches(counts, self.max_frames, self.equal)
+            group = batches.batches[0]
             chosen = [parts[i] for i in group]
             done = self._try(features, chosen)
             if done is None:
@@ -201,11 +199,11 @@ class UtteranceEmbedder:
             embeddings.append(done)
             rows += [row for row, _, _ in chosen]
             parts = [p for i, p in enumerate(parts) if i not in set(group)]
-        rows = torch.tensor(rows, device=features.device)
-        embeddings = torch.cat(embeddings)
+        owner = torch.tensor(rows, device=features.device)
+        found = torch.cat(embeddings)
         if len(rows) == batch:
-            return embeddings[rows.argsort()].unsqueeze(1)
-        return mean_embeddings(embeddings, rows, batch).unsqueeze(1)
+            return found[owner.argsort()].unsqueeze(1)
+        return mean_embeddings(found, owner, batch).unsqueeze(1)
 
     def _cut(self, part):
         """The windows of a part (row, first frame, frames)."""
@@ -221,7 +219,7 @@ class UtteranceEmbedder:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        # Only here, where the failed pass is no longer held by its error.
+        # Only here does no error hold the failed pass any more.
         if features.is_cuda:
             torch.cuda.empty_cache()
         return None
@@ -238,9 +236,9 @@ class UtteranceEmbedder:
             index.clamp_(max=features.shape[1] - 1)
             x = features[rows[:, None], index]
             x = x.masked_fill(~valid_mask(counts, longest)[..., None], 0.0)
-        if min(lengths) == longest:
-            return self.embedding_model(x, None).squeeze(1)
-        relative = relative_lengths(counts, longest)
+        relative = None  # no mask is needed
+        if min(lengths) < longest:
+            relative = relative_lengths(counts, longest)
         return self.embedding_model(x, relative).squeeze(1)
 
     def _shrink(self, parts, failed):
@@ -250,8 +248,8 @@ class UtteranceEmbedder:
         if size <= self.max_frames:
             self.max_frames = max(1, size // 2)
             logger.warning(
-                "%d frames at once are too many for the memory; from now on "
-                "at most %d (max_frames_per_batch).",
+                "%d frames don't fit into memory; from now on at most %d are "
+                "tried at once (max_frames_per_batch).",
                 size,
                 self.max_frames,
             )
@@ -260,11 +258,11 @@ class UtteranceEmbedder:
         if longest <= self.window_frames:
             raise UserError(
                 f"Not even {longest} frames fit into memory: lower "
-                "--window_frames, or free memory, or give --device cpu."
+                "--window_frames, free memory, or give --device cpu."
             )
         logger.warning(
-            "An utterance of %d frames is too long for the memory; it is "
-            "embedded by windows.",
+            "An utterance of %d frames doesn't fit into memory; it is embedded "
+            "by windows.",
             longest,
         )
         parts.remove(failed[0])

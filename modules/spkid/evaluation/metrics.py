@@ -1,5 +1,5 @@
-"""What a list of guesses says: intervals, lengths, confusions, calibration,
-and what to expect of guesses that nobody can check."""
+"""Metrics of guesses: intervals, confusions, calibration, and the accuracy to
+expect where nobody can check."""
 
 from __future__ import annotations
 
@@ -14,20 +14,14 @@ from scipy.stats import t as student_t
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
     """The 95 % interval of an accuracy (Wilson, 1927).
 
-    It stays within 0 and 1 and is honest for few utterances, where the usual
-    plus-or-minus says that three of three is certainty.
+    It stays within 0 and 1, and has a width also where all guesses are right.
 
     Arguments
     ---------
     right : int
-        Utterances guessed right.
+        Right guesses.
     total : int
-        Utterances guessed; at least 1.
-
-    Returns
-    -------
-    tuple of float
-        Its two ends.
+        All guesses; at least 1.
 
     Example
     -------
@@ -40,20 +34,20 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 
 
 def quantile_edges(values: np.ndarray, n_bins: int) -> np.ndarray:
-    """Edges of bins that hold about equally many values each.
+    """Edges of bins that hold about the same number of values each.
 
     Arguments
     ---------
     values : np.ndarray [n]
         Whole numbers, such as lengths in frames; at least one.
     n_bins : int
-        How many bins; fewer come back where many values are the same.
+        Number of bins; fewer are returned where many values are equal.
 
     Returns
     -------
     np.ndarray [bins + 1]
-        Increasing; bin i holds edges[i] <= value < edges[i + 1], and the last
-        edge is the largest value plus one.
+        Increasing; bin i holds edges[i] <= value < edges[i + 1]. The last edge
+        is the largest value plus one.
 
     Example
     -------
@@ -66,20 +60,20 @@ def quantile_edges(values: np.ndarray, n_bins: int) -> np.ndarray:
 
 
 class Reliability(NamedTuple):
-    """Confidence against accuracy, in bins of equal width over 0 … 1."""
+    """Confidence and accuracy, in bins of equal width over 0 … 1."""
 
-    count: np.ndarray  # [bins]: utterances
-    confidence: np.ndarray  # [bins]: their mean; NaN in an empty bin
-    accuracy: np.ndarray  # [bins]: NaN in an empty bin
+    utterances: np.ndarray  # [bins]: their number
+    confidence: np.ndarray  # [bins]: mean; NaN in an empty bin
+    accuracy: np.ndarray  # [bins]; NaN in an empty bin
     error: float  # expected calibration error
 
 
 def reliability(
     confidence: np.ndarray, right: np.ndarray, n_bins: int = 15
 ) -> Reliability:
-    """A reliability diagram's bins, and the expected calibration error.
+    """The bins of a reliability diagram, and the expected calibration error.
 
-    The error is the mean distance of a bin's confidence from its accuracy,
+    The error is the mean difference between a bin's confidence and accuracy,
     weighted by its utterances (Guo et al., "On Calibration of Modern Neural
     Networks", 2017).
 
@@ -90,11 +84,7 @@ def reliability(
     right : np.ndarray [n]
         Whether the guess was right.
     n_bins : int
-        How many bins; a confidence on an edge belongs to the bin below.
-
-    Returns
-    -------
-    Reliability
+        Number of bins; a confidence on an edge belongs to the bin below.
 
     Example
     -------
@@ -120,14 +110,14 @@ class Confusion(NamedTuple):
 
     target: int  # class index
     guess: int  # class index
-    count: int  # utterances
-    share: float  # of all the target's utterances
+    utterances: int  # their number
+    share: float  # of all utterances of the target
 
 
 def confused_pairs(
     target: np.ndarray, guess: np.ndarray, limit: int = 20
 ) -> list[Confusion]:
-    """The most frequent confusions, most utterances first.
+    """The most frequent confusions, in order.
 
     Arguments
     ---------
@@ -136,28 +126,28 @@ def confused_pairs(
     guess : np.ndarray [n]
         Class indices.
     limit : int
-        How many at most.
+        Returns at most this many.
 
     Returns
     -------
     list of Confusion
-        Of equally many utterances, the larger share comes first.
+        By utterances, then by share; the largest first.
 
     Example
     -------
     >>> confused_pairs(np.array([0, 0, 1]), np.array([1, 0, 1]))
-    [Confusion(target=0, guess=1, count=1, share=0.5)]
+    [Confusion(target=0, guess=1, utterances=1, share=0.5)]
     """
     pairs = list(zip(target.tolist(), guess.tolist(), strict=True))
     totals = Counter(target.tolist())
     wrong = Counter((t, g) for t, g in pairs if t != g)
     rows = [Confusion(t, g, n, n / totals[t]) for (t, g), n in wrong.items()]
-    rows.sort(key=lambda row: (-row.count, -row.share, row.target, row.guess))
+    rows.sort(key=lambda c: (-c.utterances, -c.share, c.target, c.guess))
     return rows[:limit]
 
 
 class Expectation(NamedTuple):
-    """The accuracy to expect of guesses whose truth is unknown."""
+    """The estimated accuracy of guesses that can't be checked."""
 
     accuracy: float
     low: float  # 95 % prediction interval
@@ -171,24 +161,21 @@ def expected_accuracy(
     new_confidence: np.ndarray,
     new_guess: np.ndarray,
 ) -> Expectation:
-    """What accuracy to expect of new utterances, from the validated ones.
+    """Estimates the accuracy on new utterances from the model's confidence.
 
-    By how much the model is less sure of the new ones than it was of the
-    validated ones, by so much their accuracy should be lower (the difference
-    of confidences of Guillory et al., "Predicting with Confidence on Unseen
-    Distributions", 2021). That is exact if the confidence is as much too high
-    or too low as in validation; a model that doesn't notice how strange new
-    recordings are promises too much. In validation each speaker weighs the
-    same.
+    If mean confidence drops by x points from validation to the new utterances,
+    accuracy is expected to drop by x (the difference of confidences of Guillory
+    et al., "Predicting with Confidence on Unseen Distributions", 2021). This is
+    exact if confidence is as much too high or too low as in validation; it is
+    too optimistic for a model that is sure of recordings that are strange to
+    it. In validation, every speaker has the same weight.
 
-    The interval is Student's, of another mean over as many speakers as are
-    guessed: it knows how speakers differ, and nothing of strangeness. It is at
-    least as wide as chance makes it for guesses that know of no speakers, since
-    where all were right, speakers don't seem to differ; and for that chance two
-    more right and two more wrong ones are assumed (Agresti and Coull,
-    "Approximate Is Better than 'Exact'", 1998), since where none was wrong none
-    seems possible. Where the new ones are the same speakers, the interval is
-    rather too wide.
+    The interval is Student's prediction interval of a mean over as many
+    speakers as are guessed: it covers differences between speakers, not strange
+    recordings. It is never narrower than the binomial interval with two right
+    and two wrong guesses added (Agresti and Coull, "Approximate Is Better than
+    'Exact'", 1998), which stays positive without errors. If the new utterances
+    are of the validated speakers, it is rather too wide.
 
     Arguments
     ---------
@@ -197,25 +184,21 @@ def expected_accuracy(
     right : np.ndarray [n]
         Whether the guess was right.
     speaker : np.ndarray [n]
-        Who spoke, by class index.
+        Class indices of those who spoke.
     new_confidence : np.ndarray [m]
         Posteriors of the new guesses, 0 … 1; at least one.
     new_guess : np.ndarray [m]
-        The new guesses, by class index.
-
-    Returns
-    -------
-    Expectation
+        The new guesses, class indices.
 
     Example
     -------
     >>> sure, right = np.array([0.9, 0.9, 0.6, 0.6]), np.array([1, 1, 0, 1])
     >>> new, guess = np.array([0.7, 0.5]), np.array([0, 1])
-    >>> told = expected_accuracy(sure, right, [0, 0, 1, 1], new, guess)
-    >>> round(told.accuracy, 4)  # 0.75 - (0.75 - 0.6)
+    >>> estimate = expected_accuracy(sure, right, [0, 0, 1, 1], new, guess)
+    >>> round(estimate.accuracy, 4)  # 0.75 - (0.75 - 0.6)
     0.6
     """
-    confidence, new_confidence = (  # NaN, of a diverged model: not sure at all
+    confidence, new_confidence = (  # NaN, of a diverged model, becomes 0
         np.nan_to_num(np.asarray(values, dtype=float))
         for values in (confidence, new_confidence)
     )
@@ -227,7 +210,7 @@ def expected_accuracy(
     half = np.inf
     if len(count) > 1:
         new_count = np.unique(new_guess, return_counts=True)[1]
-        # Speakers who count unequally are as good as so many who don't.
+        # The number of equally frequent speakers that would say as much.
         n_new = new_count.sum() ** 2 / (new_count**2).sum()
         variance = surplus.var(ddof=1) * (1 / len(count) + 1 / n_new)
         n = len(confidence)

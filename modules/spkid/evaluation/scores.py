@@ -1,289 +1,298 @@
-"""From the scores of utterances to figures."""
+"""One table of what a model says of utterances, and its figures."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
+from spkid.distributed import gather
 from spkid.errors import UserError
 from spkid.evaluation.metrics import Expectation, expected_accuracy
 from spkid.files import save_atomically
 
 
-class Score(NamedTuple):
-    """What a model said of one utterance."""
+class Part(NamedTuple):
+    """A kind of utterances, as tables and figures show it."""
 
-    guess: int  # class index
-    target: int  # class index; -1 where it is unknown
-    loss: float  # negative log-posterior of the target
-    confidence: float = float("nan")  # posterior of the guess
-    embedding: np.ndarray | None = None  # float16
+    name: str
+    colour: str
+    marker: str  # Matplotlib's
 
 
-def score_batch(
-    ids: list[str],
-    log_posteriors: torch.Tensor,
-    targets: torch.Tensor,
-    embeddings: torch.Tensor | None = None,
-) -> dict[str, Score]:
-    """Scores of a batch by utterance id.
-
-    Arguments
-    ---------
-    ids : list of str
-        Names of the utterances.
-    log_posteriors : torch.Tensor [batch, speakers]
-        The model's output.
-    targets : torch.Tensor [batch]
-        Class indices; -1 where they are unknown.
-    embeddings : torch.Tensor [batch, size], optional
-        Kept beside the scores.
-
-    Returns
-    -------
-    dict
-
-    Example
-    -------
-    >>> log_posteriors = torch.tensor([[0.75, 0.25]]).log()
-    >>> score_batch(["a"], log_posteriors, torch.tensor([0]))["a"].guess
-    0
-    """
-    known = targets.clamp(min=0).unsqueeze(1)
-    losses = -log_posteriors.gather(1, known).squeeze(1)
-    best, guesses = log_posteriors.max(dim=1)
-    kept = [None] * len(ids)
-    if embeddings is not None:
-        kept = embeddings.detach().half().cpu().numpy()
-    columns = (guesses, targets, losses, best.exp())
-    rows = zip(*(column.tolist() for column in columns), kept, strict=True)
-    return {key: Score(*row) for key, row in zip(ids, rows, strict=True)}
+# The most telling part first.
+PARTS = {
+    "new": Part("new sessions", "#2f80c9", "o"),
+    "random": Part("random utterances", "#2f80c9", "o"),
+    "known": Part("known sessions", "#e08a2e", "s"),
+    "test": Part("test utterances", "#2a9d78", "^"),
+    "train": Part("training", "#888888", "o"),
+}
+# The type of each column.
+COLUMNS = {
+    "id": str,
+    "part": str,
+    "target": np.int64,
+    "guess": np.int64,
+    "loss": np.float32,
+    "confidence": np.float32,
+    "frames": np.int64,
+    "embedding": np.float16,
+}
 
 
-def gather_scores(scores: dict[str, Score]) -> dict[str, Score]:
-    """The scores of all ranks, each utterance once.
+@dataclass(eq=False)
+class Evaluation:
+    """What a model says of n utterances, as columns with a value for each.
 
-    Arguments
-    ---------
-    scores : dict
-        This rank's.
-
-    Returns
-    -------
-    dict
+    Raises
+    ------
+    ValueError
+        If the columns differ in length, or a class has no name.
 
     Example
     -------
-    >>> gather_scores({"a": Score(0, 0, 0.5)})["a"].loss
-    0.5
+    >>> scored = Evaluation.of_batch(
+    ...     ["a", "b"],
+    ...     torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log(),
+    ...     torch.tensor([0, 1]),
+    ...     torch.zeros(2, 8),
+    ...     [300, 200],
+    ...     ["new", "new"],
+    ...     ["ann", "bob"],
+    ... )
+    >>> scored.accuracy(), scored.select(scored.right).id.tolist()
+    (0.5, ['a'])
     """
-    if not torch.distributed.is_initialized():
-        return scores
-    parts = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, scores)
-    return {key: Score(*row) for part in parts for key, row in part.items()}
 
+    id: np.ndarray
+    part: np.ndarray  # keys of PARTS
+    target: np.ndarray  # class indices; -1 where the speaker is unknown
+    guess: np.ndarray  # class indices
+    loss: np.ndarray  # -log posterior of the target; meaningless if unknown
+    confidence: np.ndarray  # posterior of the guess
+    frames: np.ndarray
+    embedding: np.ndarray  # [n, size]
+    speakers: tuple[str, ...]  # names by class index
 
-def summarize(
-    scores: dict[str, Score], by_speaker: bool = False
-) -> dict[str, float | None]:
-    """Accuracy and mean loss over the utterances whose speaker is known.
+    def __post_init__(self) -> None:
+        for name, dtype in COLUMNS.items():
+            setattr(self, name, np.asarray(getattr(self, name), dtype))
+        if len({len(getattr(self, name)) for name in COLUMNS}) > 1:
+            raise ValueError("the columns differ in length")
+        highest = max(self.target.max(initial=-1), self.guess.max(initial=-1))
+        if highest >= len(self.speakers):
+            raise ValueError(f"class {highest} has no name")
 
-    Arguments
-    ---------
-    scores : dict
-        Scores by utterance id.
-    by_speaker : bool
-        Accuracy is the mean of the speakers' accuracies.
+    @classmethod
+    def of_batch(
+        cls,
+        ids: Sequence[str],
+        log_posteriors: torch.Tensor,
+        targets: torch.Tensor,
+        embeddings: torch.Tensor,
+        frames: Sequence[int],
+        parts: Sequence[str],
+        speakers: Sequence[str],
+    ) -> Evaluation:
+        """A table of a batch.
 
-    Returns
-    -------
-    dict
-        ``accuracy`` and ``loss``; None where no speaker is known.
+        Arguments
+        ---------
+        ids, frames, parts, speakers : sequence
+            As the columns of those names.
+        log_posteriors : torch.Tensor [batch, speakers]
+            The model's output.
+        targets : torch.Tensor [batch]
+            Class indices; -1 where they are unknown.
+        embeddings : torch.Tensor [batch, size]
+            The model's, too.
+        """
+        known = targets.clamp(min=0).unsqueeze(1)
+        best, guesses = log_posteriors.max(dim=1)
+        columns = {
+            "target": targets,
+            "guess": guesses,
+            "loss": -log_posteriors.gather(1, known).squeeze(1).float(),
+            "confidence": best.exp().float(),
+            "embedding": embeddings.half(),
+        }
+        return cls(
+            id=np.array(ids),
+            part=np.array(parts),
+            frames=np.array(frames),
+            speakers=tuple(speakers),
+            **{key: x.detach().cpu().numpy() for key, x in columns.items()},
+        )
 
-    Example
-    -------
-    >>> summarize({"a": Score(0, 0, 0.5), "b": Score(1, -1, 0.0)})
-    {'accuracy': 1.0, 'loss': 0.5}
-    """
-    known = [score for score in scores.values() if score.target >= 0]
-    if not known:
-        return {"accuracy": None, "loss": None}
-    targets = np.array([score.target for score in known])
-    right = targets == [score.guess for score in known]
-    if by_speaker:
-        index = np.unique(targets, return_inverse=True)[1]
-        right = np.bincount(index, right) / np.bincount(index)
-    return {
-        "accuracy": float(right.mean()),
-        "loss": sum(score.loss for score in known) / len(known),
-    }
+    @classmethod
+    def concatenate(
+        cls, tables: Iterable[Evaluation], speakers: Sequence[str]
+    ) -> Evaluation:
+        """The utterances of all tables, as one table.
 
+        Example
+        -------
+        >>> len(Evaluation.concatenate([], ["ann"]))
+        0
+        """
+        # An empty table doesn't know the size of embeddings.
+        tables = [table for table in tables if len(table)]
+        empty = dict.fromkeys(COLUMNS, np.empty(0))
+        columns = empty | {"embedding": np.empty((0, 0))}
+        if tables:
+            columns = {
+                name: np.concatenate([getattr(table, name) for table in tables])
+                for name in COLUMNS
+            }
+        return cls(**columns, speakers=tuple(speakers))
 
-def summarize_parts(
-    scores: dict[str, Score], parts: dict[str, str]
-) -> dict[str, float | None]:
-    """Figures of a validation on new and on known sessions.
+    def gather(self) -> Evaluation:
+        """The tables of all processes as one, with each utterance once."""
+        whole = self.concatenate(gather(self), self.speakers)
+        first = np.unique(whole.id, return_index=True)[1]
+        return whole.select(np.sort(first))
 
-    Accuracies are means over speakers: whose held-out sessions happen to be
-    long have more utterances there and fewer in training, so that a mean over
-    utterances would be too low.
+    def __len__(self) -> int:
+        return len(self.id)
 
-    Arguments
-    ---------
-    scores : dict
-        Scores by utterance id.
-    parts : dict
-        What each utterance is: "known" if its session is trained on; anything
-        else counts as new.
+    def select(self, which: np.ndarray) -> Evaluation:
+        """The utterances of a boolean mask [n] or an array of indices."""
+        columns = {name: getattr(self, name)[which] for name in COLUMNS}
+        return Evaluation(**columns, speakers=self.speakers)
 
-    Returns
-    -------
-    dict
-        ``accuracy`` and ``loss`` on what isn't known; where some is known,
-        ``known_accuracy`` and ``known_loss``; and ``gap``, by how much the
-        known flatter, over the speakers that both cover.
+    def of_part(self, *names: str) -> Evaluation:
+        """The utterances of some parts."""
+        return self.select(np.isin(self.part, names))
 
-    Example
-    -------
-    >>> right, wrong = Score(1, 1, 0.5), Score(0, 1, 1.5)
-    >>> summarize_parts({"a": right, "b": wrong}, {"a": "known", "b": "new"})[
-    ...     "gap"
-    ... ]
-    1.0
-    """
-    known = {key: s for key, s in scores.items() if parts.get(key) == "known"}
-    new = {key: score for key, score in scores.items() if key not in known}
-    result = summarize(new, True)
-    if not known:
+    @property
+    def known(self) -> np.ndarray:
+        """[n] booleans: whether the speaker is known."""
+        return self.target >= 0
+
+    @property
+    def right(self) -> np.ndarray:
+        """[n] booleans: whether the guess is right."""
+        return self.target == self.guess
+
+    def accuracy(self, by_speaker: bool = False) -> float | None:
+        """Share of right guesses where the speaker is known; None if none is.
+
+        Arguments
+        ---------
+        by_speaker : bool
+            The mean of the speakers' accuracies instead.
+        """
+        known, right = self.target[self.known], self.right[self.known]
+        if not len(known):
+            return None
+        if by_speaker:
+            index = np.unique(known, return_inverse=True)[1]
+            right = np.bincount(index, right) / np.bincount(index)
+        return float(right.mean())
+
+    def mean_loss(self) -> float | None:
+        """Mean loss where the speaker is known; None if none is."""
+        losses = self.loss[self.known].tolist()
+        return sum(losses) / len(losses) if losses else None
+
+    def summary(self) -> dict[str, float | None]:
+        """Figures of a validation on new and on known sessions.
+
+        Accuracies are means over speakers. Speakers with long held-out
+        sessions have less training data; a mean over utterances would be
+        pessimistic.
+
+        Returns
+        -------
+        dict
+            ``accuracy`` and ``loss`` of what isn't known; where some is known
+            also ``known_accuracy``, ``known_loss`` and ``gap``, the difference
+            of the accuracies over the speakers who have both.
+        """
+        is_known = self.part == "known"
+        new, known = self.select(~is_known), self.select(is_known)
+        result = {"accuracy": new.accuracy(True), "loss": new.mean_loss()}
+        if len(known):
+            result["known_accuracy"] = known.accuracy(True)
+            result["known_loss"] = known.mean_loss()
+            both = np.intersect1d(known.target, new.target)
+            high, low = (
+                one.select(np.isin(one.target, both)).accuracy(True)
+                for one in (known, new)
+            )
+            result["gap"] = None
+            if high is not None and low is not None:
+                result["gap"] = high - low
         return result
-    result |= {f"known_{key}": v for key, v in summarize(known, True).items()}
-    both = {s.target for s in known.values()} & {s.target for s in new.values()}
-    accuracies = [
-        summarize({k: s for k, s in part.items() if s.target in both}, True)[
-            "accuracy"
-        ]
-        for part in (known, new)
-    ]
-    result["gap"] = accuracies[0] - accuracies[1] if both else None
-    return result
+
+    def save(self, path: str | Path) -> None:
+        """Writes the table as a NumPy .npz file, an array for each column."""
+        content = io.BytesIO()
+        arrays = {name: getattr(self, name) for name in COLUMNS}
+        np.savez(content, **arrays, speakers=np.array(self.speakers, str))
+        save_atomically(content.getvalue(), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Reads a table that :meth:`save` wrote.
+
+        Raises
+        ------
+        UserError
+            If the file is missing, damaged or of an older version.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                columns = {name: arrays[name] for name in COLUMNS}
+                speakers = tuple(arrays["speakers"].tolist())
+            return cls(**columns, speakers=speakers)
+        except Exception as error:  # NumPy has many for a bad file
+            raise UserError(
+                f"{path}: could not be read ({error}); train.py with "
+                "--test_only writes it again."
+            ) from None
 
 
-def expect(
-    validated: dict[str, Score], parts: dict[str, str], tested: dict[str, Score]
-) -> Expectation | None:
-    """What accuracy to expect in a test, from how sure the model is there.
+def by_part(summary: dict[str, float | None]) -> dict:
+    """Nests the figures of :meth:`Evaluation.summary` for results.json.
+
+    Example
+    -------
+    >>> by_part({"accuracy": 0.5, "loss": 1.0})
+    {'valid': {'accuracy': 0.5, 'loss': 1.0}}
+    """
+    keys = ("accuracy", "loss")
+    nested: dict = {"valid": {key: summary[key] for key in keys}}
+    if "gap" in summary:
+        nested["known"] = {key: summary[f"known_{key}"] for key in keys}
+        nested["gap"] = summary["gap"]
+    return nested
+
+
+def expect(validated: Evaluation, tested: Evaluation) -> Expectation | None:
+    """Estimates the accuracy of a test from the model's confidence in it.
 
     Arguments
     ---------
-    validated : dict
-        Scores of the validation by utterance id.
-    parts : dict
-        What each of them is; only those of "new" sessions count, since others
-        flatter.
-    tested : dict
-        Scores of the test; no target is looked at.
+    validated : Evaluation
+        Only utterances of new sessions count: accuracy on others is too high.
+    tested : Evaluation
+        Needs no target.
 
     Returns
     -------
     Expectation
-        See :func:`spkid.evaluation.metrics.expected_accuracy`; None where no new session
-        was validated on, or nothing tested.
-
-    Example
-    -------
-    >>> sure, unsure = Score(0, 0, 0.1, 0.9), Score(0, 1, 2.3, 0.5)
-    >>> tested = {"c": Score(1, -1, 0.0, 0.8), "d": Score(0, -1, 0.0, 0.4)}
-    >>> told = expect({"a": sure, "b": unsure}, dict(a="new", b="new"), tested)
-    >>> round(told.accuracy, 4)  # 0.5 - (0.7 - 0.6)
-    0.4
+        See :func:`spkid.evaluation.metrics.expected_accuracy`; None where no
+        new session was validated on, or nothing tested.
     """
-    new = [s for key, s in validated.items() if parts.get(key) == "new"]
-    if not new or not tested:
+    new = validated.of_part("new")
+    if not len(new) or not len(tested):
         return None
-    return expected_accuracy(
-        np.array([score.confidence for score in new]),
-        np.array([score.guess == score.target for score in new]),
-        np.array([score.target for score in new]),
-        np.array([score.confidence for score in tested.values()]),
-        np.array([score.guess for score in tested.values()]),
-    )
-
-
-def save_evaluation(
-    path: str | Path,
-    scores: dict[str, Score],
-    parts: dict[str, str],
-    frames: dict[str, int],
-) -> None:
-    """Writes what a model said of each utterance, for reports and studies.
-
-    Arguments
-    ---------
-    path : str or pathlib.Path
-        A NumPy .npz file with ``id``, ``part``, ``target``, ``guess``,
-        ``confidence``, ``loss``, ``frames`` and ``embedding``.
-    scores : dict
-        Scores by utterance id.
-    parts : dict
-        What each utterance was evaluated as.
-    frames : dict
-        Length of each utterance.
-    """
-    content = io.BytesIO()
-    values = scores.values()
-    np.savez(
-        content,
-        id=np.array(list(scores), dtype=str),
-        part=np.array([parts[key] for key in scores], dtype=str),
-        frames=np.array([frames[key] for key in scores], dtype=np.int64),
-        target=np.array([score.target for score in values], dtype=np.int64),
-        guess=np.array([score.guess for score in values], dtype=np.int64),
-        loss=np.array([score.loss for score in values], dtype=np.float32),
-        confidence=np.array([s.confidence for s in values], dtype=np.float32),
-        embedding=np.array([score.embedding for score in values]),
-    )
-    save_atomically(content.getvalue(), Path(path))
-
-
-def load_evaluation(
-    path: str | Path,
-) -> tuple[dict[str, Score], dict[str, str]]:
-    """What :func:`save_evaluation` wrote, without the embeddings.
-
-    Arguments
-    ---------
-    path : str or pathlib.Path
-        The .npz file.
-
-    Returns
-    -------
-    tuple of dict
-        Scores by utterance id, and what each was evaluated as.
-
-    Raises
-    ------
-    UserError
-        If the file is damaged.
-    """
-    keys = ("guess", "target", "loss", "confidence")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            ids, parts, *columns = (
-                arrays[key].tolist() for key in ("id", "part", *keys)
-            )
-    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
-        raise UserError(
-            f"{path}: could not be read ({error}); train.py with --test_only "
-            "writes it again."
-        ) from None
-    scores = map(Score, *columns)
-    return (
-        dict(zip(ids, scores, strict=True)),
-        dict(zip(ids, parts, strict=True)),
-    )
+    validation = new.confidence, new.right, new.target
+    return expected_accuracy(*validation, tested.confidence, tested.guess)

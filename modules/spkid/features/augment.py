@@ -1,9 +1,9 @@
-"""Augmentation of log-mel features: other channels, and hidden patches.
+"""Augmentation of log-mels: other channels, and masks in time and frequency.
 
-Nothing is edited in place, padding is neither read nor left with anything in
-it, and all draws come from torch's generator of the input's device, whose
-state a checkpoint holds. (SpeechBrain's SpectrogramDrop isn't used because it
-edits in place, ignores lengths and sticks to its first random choice.)
+Input isn't changed in place, padding isn't read and becomes 0, and random
+numbers come from torch's generator of the input's device, whose state is in
+the checkpoints. SpeechBrain's ``SpectrogramDrop`` isn't used because it works
+in place, ignores lengths and keeps its first random choice.
 """
 
 from __future__ import annotations
@@ -14,28 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spkid.models.masks import valid_mask
-from spkid.models.pooling import masked_mean
+from spkid.models.masks import masked_mean, zero_padding
 
 NAT_PER_DB = math.log(10) / 10  # log-mels are natural logs of power
-POWER_FLOOR = 1e-9  # the front end's
-
-
-def _uniform(low, high, *shape, like):
-    draw = torch.rand(*shape, device=like.device, dtype=like.dtype)
-    return low + (high - low) * draw
-
-
-def _clear_padding(x, lengths):
-    if lengths is None:
-        return x
-    return x.masked_fill(~valid_mask(lengths, x.shape[1]).unsqueeze(-1), 0.0)
+POWER_FLOOR = 1e-9  # that of LogMel
 
 
 def smooth_curve(
     batch: int, n_bands: int, deviation_db: float, like: torch.Tensor
 ) -> torch.Tensor:
-    """Random smooth curves over the bands: four cosines of random height.
+    """Random smooth curves over the bands, sums of four cosines.
 
     Arguments
     ---------
@@ -49,44 +37,46 @@ def smooth_curve(
     Returns
     -------
     torch.Tensor [batch, 1, n_bands]
-        In nat of power, about mean 0 over the bands.
+        In nats of power; the expected mean over the bands is 0.
 
     Example
     -------
     >>> smooth_curve(2, 40, 3.0, like=torch.zeros(1)).shape
     torch.Size([2, 1, 40])
     """
-    kind = {"device": like.device, "dtype": like.dtype}
-    places = (torch.arange(n_bands, **kind) + 0.5) / n_bands
-    waves = torch.cos(math.pi * torch.arange(1, 5, **kind)[:, None] * places)
-    heights = torch.randn(batch, 4, **kind) / math.sqrt(2)
+    device, dtype = like.device, like.dtype
+    places = torch.arange(n_bands, device=device, dtype=dtype) + 0.5
+    orders = torch.arange(1, 5, device=device, dtype=dtype)[:, None]
+    waves = torch.cos(math.pi * orders * (places / n_bands))
+    heights = torch.randn(batch, 4, device=device, dtype=dtype) / math.sqrt(2)
     return (deviation_db * NAT_PER_DB * heights @ waves).unsqueeze(1)
 
 
 class ChannelAugment(nn.Module):
-    """Another microphone, room and noise, drawn for each utterance.
+    """Simulates another microphone, room and noise for each utterance.
 
-    Works on raw log-mels (natural log of power, not normalised): reverberation
-    smears power forward in time, noise adds power, an equaliser and a gain add
-    to the log. A test on new recordings shifts just these.
+    The input is raw log-mels: natural logarithms of power, not normalised.
+    Reverberation spreads power forward in time, noise adds power, an
+    equaliser and a gain add to the logarithm. These are what differs in new
+    recordings.
 
     Arguments
     ---------
     equalizer_db : float
-        Standard deviation of a smooth frequency response.
+        Standard deviation of the equaliser's smooth frequency response.
     gain_db : float
-        Gains are uniform in plus or minus this.
+        Gains are uniform between minus and plus this.
     snr_db : tuple of float
-        Range of the signal-to-noise ratio of stationary noise with a smooth
-        random spectrum.
+        Range of the signal-to-noise ratio. The noise is stationary and has a
+        smooth random spectrum.
     rt60 : tuple of float
         Range of the reverberation time, in seconds.
     reverberant_db : tuple of float
-        Range of the reverberant over the direct power.
+        Range of the ratio of reverberant to direct power.
     probability : float
-        Of each of noise and reverberation.
+        Probability of noise, and of reverberation.
     frame_shift : float
-        Seconds from frame to frame.
+        Seconds from one frame to the next.
 
     Example
     -------
@@ -115,7 +105,7 @@ class ChannelAugment(nn.Module):
     def forward(
         self, x: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """New log-mels of the same shape, padding set to 0.
+        """Maps [batch, frames, bands] to the same shape; padding becomes 0.
 
         Arguments
         ---------
@@ -123,26 +113,22 @@ class ChannelAugment(nn.Module):
             Raw log-mels.
         lengths : torch.Tensor [batch], optional
             Frames of each utterance, integers; None: nothing is padded.
-
-        Returns
-        -------
-        torch.Tensor [batch, frames, bands]
         """
         batch, _, n_bands = x.shape
-        x = _clear_padding(x, lengths)
+        x = zero_padding(x, lengths)
         power = self._reverberate(x.exp())
         noise = self._noise(power, lengths)
         x = (power + noise).clamp(min=POWER_FLOOR).log()
         x = x + smooth_curve(batch, n_bands, self.equalizer_db, like=x)
         gain = _uniform(-self.gain_db, self.gain_db, batch, 1, 1, like=x)
-        return _clear_padding(x + gain * NAT_PER_DB, lengths)
+        return zero_padding(x + gain * NAT_PER_DB, lengths)
 
     def _chosen(self, x):
         draw = torch.rand(len(x), 1, 1, device=x.device)
         return (draw < self.probability).to(x.dtype)
 
     def _reverberate(self, power):
-        """Each frame's power, plus an exponentially decaying tail of it."""
+        """Adds to each frame's power an exponentially decaying tail."""
         batch, frames, _ = power.shape
         count = min(self.tail_frames, frames)
         time = torch.arange(count, device=power.device, dtype=power.dtype)
@@ -160,7 +146,7 @@ class ChannelAugment(nn.Module):
         return power + smeared.permute(1, 2, 0)
 
     def _noise(self, power, lengths):
-        """Stationary noise: a smooth spectrum that flickers as mels do."""
+        """Noise power: a smooth spectrum, times the flicker of each cell."""
         batch, _, n_bands = power.shape
         level = masked_mean(power, lengths).mean(dim=1)[:, None, None]
         snr = _uniform(*self.snr_db, batch, 1, 1, like=power)
@@ -172,16 +158,16 @@ class ChannelAugment(nn.Module):
 class SpectrogramMasking(nn.Module):
     """SpecAugment's time and frequency masks (Park et al., 2019).
 
-    For normalised features: what is masked becomes 0, the mean.
+    Masked values become 0, the mean of normalised features.
 
     Arguments
     ---------
     time_masks, frequency_masks : int
         Number of masks of each kind.
     time_width, frequency_width : int
-        Widths are uniform in 0 ... this, in frames and bands.
+        Widths are uniform in 0 ... this, in frames and in bands.
     time_share : float
-        No time mask is wider than this share of its utterance.
+        A time mask covers at most this share of its utterance.
 
     Example
     -------
@@ -207,7 +193,7 @@ class SpectrogramMasking(nn.Module):
     def forward(
         self, x: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """New features of the same shape, masks and padding set to 0.
+        """Maps [batch, frames, bands] to the same shape; padding becomes 0.
 
         Arguments
         ---------
@@ -215,10 +201,6 @@ class SpectrogramMasking(nn.Module):
             Normalised features.
         lengths : torch.Tensor [batch], optional
             Frames of each utterance, integers; None: nothing is padded.
-
-        Returns
-        -------
-        torch.Tensor [batch, frames, bands]
         """
         batch, frames, bands = x.shape
         own = x.new_full((batch,), frames) if lengths is None else lengths
@@ -228,7 +210,7 @@ class SpectrogramMasking(nn.Module):
         all_bands = x.new_full((batch,), bands)
         band = self._spans(self.frequency_masks, widest, all_bands, bands, x)
         hidden = time.unsqueeze(2) | band.unsqueeze(1)
-        return _clear_padding(x.masked_fill(hidden, 0.0), lengths)
+        return zero_padding(x.masked_fill(hidden, 0.0), lengths)
 
     @staticmethod
     def _spans(count, widest, size, places, like):
@@ -240,3 +222,8 @@ class SpectrogramMasking(nn.Module):
         start = (draw[1] * (size - width + 1)).floor()
         place = torch.arange(places, device=like.device)
         return ((place >= start) & (place < start + width)).any(dim=1)
+
+
+def _uniform(low, high, *shape, like):
+    draw = torch.rand(*shape, device=like.device, dtype=like.dtype)
+    return low + (high - low) * draw

@@ -1,10 +1,11 @@
-"""The front end of the feature files: from a waveform to log-mel frames.
+"""From a recording to log-mels, as in the HW4 feature files.
 
-A recording is averaged to mono, resampled to 16 kHz, normalised to a peak of
--3 dB, freed of its silences and turned into 40 log-mel bands, 100 frames per
-second. Features made here and feature files made elsewhere in the same way
-can be mixed freely. No mean is subtracted: that is left to the model.
+A recording is averaged to mono, resampled to 16 kHz and normalised to a peak
+of -3 dB; silences are removed; 40 log-mel bands are computed, 100 frames a
+second. The mean is left in: :class:`spkid.features.UtteranceNorm` removes it.
 """
+
+from __future__ import annotations
 
 from pathlib import Path
 
@@ -23,25 +24,25 @@ def remove_silence(
     min_silence: float = 0.1,
     threshold: float = 0.01,
 ) -> torch.Tensor:
-    """Removes long silences from the start, the end and the inside.
+    """Removes long silences, as ``sox silence 1 0.1 1% -1 0.1 1%`` does.
 
-    The rule is that of ``sox silence 1 0.1 1% -1 0.1 1%``. A sample is loud
-    if the root mean square of the 20 ms that end with it reaches the
-    threshold. Loud and quiet runs alternate; a run of ``min_silence`` or
-    longer decides for itself (loud is kept, quiet is removed), and a shorter
-    one shares the fate of the last long run before it. So a short pause
-    inside speech stays, and a click inside a silence goes.
+    A sample is loud if the root mean square of the 20 ms that end with it
+    reaches the threshold. Loud and quiet runs alternate. Of the runs of at
+    least ``min_silence``, loud ones are kept and quiet ones removed; a shorter
+    run is treated like the last long one before it. So a short pause inside
+    speech is kept, and a click inside a silence is removed.
 
     Arguments
     ---------
     waveform : torch.Tensor [samples]
-        Floating point, full scale at 1.
+        Floating point, with full scale at 1.
     sample_rate : int
         Samples per second.
     min_silence : float
-        Shortest removed silence and shortest sound that ends it, in seconds.
+        Shortest silence that is removed and shortest sound that ends it, in
+        seconds.
     threshold : float
-        Root mean square of the quietest sound, as a part of full scale.
+        Root mean square of the quietest sound, as a fraction of full scale.
 
     Returns
     -------
@@ -57,8 +58,8 @@ def remove_silence(
     """
     if waveform.dim() != 1:
         raise ValueError(
-            "remove_silence expects a waveform of shape [samples], "
-            f"got {list(waveform.shape)}."
+            "A waveform must have the shape [samples], not "
+            f"{list(waveform.shape)}."
         )
     if len(waveform) == 0:
         return waveform
@@ -73,16 +74,16 @@ def remove_silence(
     index = torch.arange(1, len(length) + 1, device=waveform.device)
     is_long = length >= min_silence * sample_rate
     last_long = torch.where(is_long, index, 0).cummax(0).values
-    # Index 0: no long run so far, which counts as silence.
+    # Index 0, where there is no long run yet, counts as silence.
     kept = torch.cat([is_loud.new_zeros(1), is_loud])[last_long]
     return waveform[kept[run]]
 
 
 class LogMel(torch.nn.Module):
-    """Natural logarithm of a mel power spectrogram, as the data has it.
+    """Natural logarithm of torchaudio's mel power spectrogram.
 
-    It wraps `torchaudio.transforms.MelSpectrogram`, because SpeechBrain's
-    `Fbank` takes decibels and limits them to a range below the maximum.
+    SpeechBrain's ``Fbank`` isn't used because it gives decibels, and limits
+    them to a range below the maximum.
 
     Arguments
     ---------
@@ -100,7 +101,7 @@ class LogMel(torch.nn.Module):
         Lower edge of the first band in Hz; the last one ends at half the
         sample rate.
     floor : float
-        Smallest power; smaller ones are raised to it before the logarithm.
+        Smaller powers are raised to this before the logarithm.
 
     Example
     -------
@@ -134,23 +135,18 @@ class LogMel(torch.nn.Module):
         )
 
     def forward(self, wavs: torch.Tensor) -> torch.Tensor:
-        """Computes the features of equally long waveforms.
+        """Maps [batch, samples] to [batch, 1 + samples // hop_length, n_mels].
 
-        Arguments
-        ---------
-        wavs : torch.Tensor [batch, samples]
-            More than half a Fourier transform of samples each.
-
-        Returns
-        -------
-        torch.Tensor [batch, frames, n_mels]
-            With frames = 1 + samples // hop_length.
+        Raises
+        ------
+        ValueError
+            If there are no more than n_fft / 2 samples.
         """
         half = self.melspectrogram.n_fft // 2
         if wavs.dim() != 2 or wavs.shape[1] <= half:
             raise ValueError(
-                "LogMel expects waveforms of shape [batch, samples] with more "
-                f"than {half} samples, got {list(wavs.shape)}."
+                "Waveforms must have the shape [batch, samples] with more than "
+                f"{half} samples, not {list(wavs.shape)}."
             )
         mel = self.melspectrogram(wavs)
         return mel.clamp(min=self.floor).log().transpose(1, 2)
@@ -161,16 +157,16 @@ def waveform_to_features(
     sample_rate: int,
     logmel: LogMel | None = None,
 ) -> torch.Tensor:
-    """Turns one recording into features, through the whole front end.
+    """Makes the features of one recording.
 
     Arguments
     ---------
     waveform : torch.Tensor [samples] or [channels, samples]
         At any scale, since the peak is normalised.
     sample_rate : int
-        Samples per second of the waveform; 16 kHz is made of any other.
+        Samples per second of the waveform.
     logmel : LogMel, optional
-        Give one to reuse it for many recordings.
+        One to use again; None: made here.
 
     Returns
     -------
@@ -180,8 +176,7 @@ def waveform_to_features(
     Raises
     ------
     ValueError
-        If the shape is another, or if nothing remains after the silences
-        are removed.
+        If the shape is wrong, a sample isn't finite, or all is silence.
 
     Example
     -------
@@ -191,8 +186,8 @@ def waveform_to_features(
     """
     if waveform.dim() not in (1, 2):
         raise ValueError(
-            "A recording has the shape [samples] or [channels, samples], "
-            f"got {list(waveform.shape)}."
+            "A recording must have the shape [samples] or [channels, samples], "
+            f"not {list(waveform.shape)}."
         )
     waveform = waveform.float()
     if waveform.dim() == 2:
@@ -201,20 +196,20 @@ def waveform_to_features(
         waveform = resample(waveform, sample_rate, SAMPLE_RATE)
     peak = waveform.abs().max() if len(waveform) else torch.zeros(())
     if not peak.isfinite():
-        raise ValueError("The recording holds samples that are not finite.")
-    # Silence divided by the smallest number is still silence.
+        raise ValueError("The recording has samples that are not finite.")
+    # Digital silence must not become NaN.
     smallest = torch.finfo(waveform.dtype).tiny
     waveform = remove_silence(waveform * (PEAK / peak.clamp(min=smallest)))
     if len(waveform) == 0:
         raise ValueError(
-            "The recording is silent: no sound in it lasts 0.1 s or longer."
+            "The recording is silent: no sound lasts 0.1 s or longer."
         )
     logmel = LogMel().to(waveform.device) if logmel is None else logmel
     return logmel(waveform.unsqueeze(0)).squeeze(0).contiguous()
 
 
 def load_features(path: str | Path) -> torch.Tensor:
-    """Reads an audio file and turns it into features.
+    """Makes the features of an audio file.
 
     Arguments
     ---------
@@ -224,12 +219,12 @@ def load_features(path: str | Path) -> torch.Tensor:
     Returns
     -------
     torch.Tensor [frames, n_mels]
-        See `waveform_to_features`.
+        As of :func:`waveform_to_features`.
 
     Raises
     ------
     ValueError
-        If the file is no readable audio, or holds only silence.
+        If the file isn't readable audio, or holds only silence.
 
     Example
     -------

@@ -1,79 +1,13 @@
-"""What happens to features between the loader and the encoder."""
+"""Normalisation and augmentation, between the loader and the encoder."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from spkid.models.masks import valid_mask
-from spkid.models.pooling import masked_mean
+from spkid.models.masks import absolute_lengths, masked_mean, zero_padding
 
 NORMALIZATIONS = ("none", "mean", "mean_std")
-
-
-class UtteranceNorm(nn.Module):
-    """Takes off each utterance's mean (and scales by its deviation) per band.
-
-    The mean of log-mels over an utterance holds most of what a microphone's
-    frequency response adds (cepstral mean subtraction, Atal, 1974).
-    SpeechBrain's ``InputNormalization`` isn't used because a crop is to be
-    normalised by the statistics of the whole utterance.
-
-    Arguments
-    ---------
-    kind : str
-        "none", "mean" or "mean_std".
-
-    Example
-    -------
-    >>> norm = UtteranceNorm("mean")
-    >>> norm(torch.tensor([[[1.0], [3.0], [0.0]]]), torch.tensor([2]))
-    tensor([[[-1.],
-             [ 1.],
-             [ 0.]]])
-    """
-
-    def __init__(self, kind: str = "mean") -> None:
-        super().__init__()
-        if kind not in NORMALIZATIONS:
-            raise ValueError(
-                f"normalization {kind!r} is none of "
-                f"{', '.join(NORMALIZATIONS)}."
-            )
-        self.kind = kind
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        lengths: torch.Tensor | None = None,
-        statistics: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Normalises a padded batch; padding becomes 0.
-
-        Arguments
-        ---------
-        x : torch.Tensor [batch, frames, bands]
-            Log-mels.
-        lengths : torch.Tensor [batch], optional
-            Frames of each utterance, integers; None: nothing is padded.
-        statistics : torch.Tensor [batch, 2, bands], optional
-            Means and deviations of the whole utterances; None: those of
-            ``x`` itself.
-
-        Returns
-        -------
-        torch.Tensor [batch, frames, bands]
-        """
-        if self.kind != "none":
-            if statistics is None:
-                statistics = utterance_statistics(x, lengths)
-            mean, deviation = statistics.unsqueeze(2).unbind(1)
-            x = x - mean
-            if self.kind == "mean_std":
-                x = x / (deviation + 1e-5)
-        if lengths is None:
-            return x
-        return x.masked_fill(~valid_mask(lengths, x.shape[1])[..., None], 0.0)
 
 
 def utterance_statistics(
@@ -102,58 +36,122 @@ def utterance_statistics(
     return torch.stack((mean, square.sqrt()), dim=1)
 
 
-class Preprocess(nn.Module):
-    """Channel augmentation, normalisation, masking; the latter two's order is
-    that of their definitions, and evaluation only normalises.
+class UtteranceNorm(nn.Module):
+    """Subtracts each band's mean over the utterance.
+
+    That removes most of what a microphone's frequency response adds to
+    log-mels (cepstral mean subtraction, Atal, 1974). SpeechBrain's
+    ``InputNormalization`` isn't used because a crop must be normalised by the
+    statistics of its whole utterance.
 
     Arguments
     ---------
-    normalize : UtteranceNorm
-        Applied always.
-    channel : torch.nn.Module, optional
-        Maps (raw log-mels, lengths) to the same; in training only.
-    masking : torch.nn.Module, optional
-        Maps (normalised features, lengths) to the same; in training only.
+    kind : str
+        "mean"; "mean_std": also divides by each band's deviation; "none".
 
     Example
     -------
-    >>> from spkid.augment import SpectrogramMasking
-    >>> preprocess = Preprocess(UtteranceNorm(), None, SpectrogramMasking())
-    >>> preprocess(torch.randn(2, 50, 40)).shape
+    >>> norm = UtteranceNorm("mean")
+    >>> x = torch.tensor([[[1.0], [3.0], [99.0]]])
+    >>> norm(x, torch.tensor([2 / 3])).flatten()
+    tensor([-1.,  1.,  0.])
+    """
+
+    def __init__(self, kind: str = "mean") -> None:
+        super().__init__()
+        if kind not in NORMALIZATIONS:
+            raise ValueError(
+                f"normalization must be none, mean or mean_std, not {kind!r}."
+            )
+        self.kind = kind
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        relative_lengths: torch.Tensor | None = None,
+        statistics: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Maps [batch, frames, bands] to the same shape; padding becomes 0.
+
+        Arguments
+        ---------
+        x : torch.Tensor [batch, frames, bands]
+            Log-mels.
+        relative_lengths : torch.Tensor [batch], optional
+            SpeechBrain's relative lengths; None: nothing is padded.
+        statistics : torch.Tensor [batch, 2, bands], optional
+            Means and deviations of the whole utterances; None: those of
+            ``x`` itself.
+        """
+        lengths = None
+        if relative_lengths is not None:
+            lengths = absolute_lengths(relative_lengths, x.shape[1])
+        if self.kind != "none":
+            if statistics is None:
+                statistics = utterance_statistics(x, lengths)
+            mean, deviation = statistics.unsqueeze(2).unbind(1)
+            x = x - mean
+            if self.kind == "mean_std":
+                x = x / (deviation + 1e-5)
+        return zero_padding(x, lengths)
+
+
+class Preprocess(nn.Module):
+    """Channel augmentation, normalisation and masking, in that order.
+
+    Evaluation only normalises.
+
+    Arguments
+    ---------
+    mean_var_norm : torch.nn.Module
+        Maps (log-mels, relative lengths, statistics) to features.
+    channel : torch.nn.Module, optional
+        Maps (log-mels, lengths) to log-mels; in training only.
+    masking : torch.nn.Module, optional
+        Maps (features, lengths) to features; in training only.
+
+    Example
+    -------
+    >>> from spkid.features import SpectrogramMasking
+    >>> preprocess = Preprocess(UtteranceNorm(), masking=SpectrogramMasking())
+    >>> preprocess(torch.randn(2, 50, 40), torch.tensor([0.5, 1.0])).shape
     torch.Size([2, 50, 40])
     """
 
     def __init__(
         self,
-        normalize: UtteranceNorm,
+        mean_var_norm: nn.Module,
         channel: nn.Module | None = None,
         masking: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.normalize = normalize
+        self.mean_var_norm = mean_var_norm
         self.channel, self.masking = channel, masking
 
     def forward(
         self,
         x: torch.Tensor,
-        lengths: torch.Tensor | None = None,
+        relative_lengths: torch.Tensor | None = None,
         statistics: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Maps [batch, frames, bands] to the same shape.
 
         Arguments are those of :meth:`UtteranceNorm.forward`.
         """
+        lengths = None
+        if self.training and relative_lengths is not None:
+            lengths = absolute_lengths(relative_lengths, x.shape[1])
         if self.training and self.channel is not None:
             clean, x = x, self.channel(x, lengths)
             if statistics is not None:
-                # What the crop's mean has gained and its deviation has been
-                # stretched by, the whole utterance's would have been, too.
+                # The channel shifts and stretches the whole utterance as it
+                # does the crop.
                 old = utterance_statistics(clean, lengths)
                 new = utterance_statistics(x, lengths)
                 ratio = (new[:, 1] + 1e-5) / (old[:, 1] + 1e-5)
                 mean = statistics[:, 0] + new[:, 0] - old[:, 0]
                 statistics = torch.stack((mean, statistics[:, 1] * ratio), 1)
-        x = self.normalize(x, lengths, statistics)
+        x = self.mean_var_norm(x, relative_lengths, statistics)
         if self.training and self.masking is not None:
             x = self.masking(x, lengths)
         return x

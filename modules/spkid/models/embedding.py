@@ -10,7 +10,7 @@ from spkid.models.masks import absolute_lengths
 
 
 class SpeakerEmbedding(nn.Module):
-    """Features to one embedding an utterance, with SpeechBrain's signature.
+    """One embedding of each utterance, behind SpeechBrain's call.
 
     Arguments
     ---------
@@ -19,17 +19,16 @@ class SpeakerEmbedding(nn.Module):
     pooling : torch.nn.Module
         Maps (frames, lengths) to [batch, pooling.output_size].
     batch_norm : bool
-        BatchNorm after pooling: worth 2.8 points in the best known HW4
-        model; standard in MFA-Conformer (Zhang et al., 2022).
+        Batch normalisation after pooling, as in MFA-Conformer (Zhang et al.,
+        2022). It gained 2.8 points in the best known HW4 model.
     embedding_size : int, optional
-        Size of a linear projection; None: the pooled vector is the embedding.
+        Size of a linear projection; None: no projection.
     dropout : float
         Dropout of the pooled vector.
 
     Example
     -------
-    >>> from spkid.pooling import MeanPooling
-    >>> from spkid.transformer import TransformerEncoder
+    >>> from spkid.models import MeanPooling, TransformerEncoder
     >>> model = SpeakerEmbedding(
     ...     TransformerEncoder(40, d_model=16), MeanPooling(16),
     ...     embedding_size=8)
@@ -48,7 +47,7 @@ class SpeakerEmbedding(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.pooling = pooling
-        size = pooling.output_size
+        size = int(pooling.output_size)  # type: ignore[arg-type]
         self.norm = BatchNorm(size) if batch_norm else nn.Identity()
         self.dropout = Dropout(dropout)
         self.project = (
@@ -63,19 +62,15 @@ class SpeakerEmbedding(nn.Module):
         features: torch.Tensor,
         relative_lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embeds a padded batch.
+        """Maps [batch, frames, bands] to [batch, 1, output_size].
 
         Arguments
         ---------
         features : torch.Tensor [batch, frames, bands]
             Padded features.
         relative_lengths : torch.Tensor [batch], optional
-            SpeechBrain's relative lengths. None: nothing is padded, and no
-            mask is made (the faster way, where it is true).
-
-        Returns
-        -------
-        torch.Tensor [batch, 1, output_size]
+            SpeechBrain's relative lengths. None: nothing is padded; this is
+            faster, since no mask is made.
         """
         lengths = None
         if relative_lengths is not None:

@@ -1,4 +1,5 @@
-"""Layers that the encoders share: faster on a CPU, exact under padding."""
+"""torch's layers with the same parameters: faster on a CPU, or exact under
+padding."""
 
 from __future__ import annotations
 
@@ -7,17 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
-LEVELS = 2**8  # that a dropout rate is rounded to
+LEVELS = 2**8  # dropout rates are multiples of 1 / LEVELS
 
 
 class Linear(nn.Linear):
-    """nn.Linear of frames; in float32 on a CPU, as a 1 x 1 convolution.
+    """nn.Linear of frames; in float32 on a CPU it is a 1 x 1 convolution.
 
-    torch hands float32 matrix products to MKL, which runs at half speed on
-    processors of other makers, and convolutions to oneDNN, which doesn't care.
-    The layout is the same (channels last), the parameters are nn.Linear's.
-
-    Arguments are those of ``torch.nn.Linear``.
+    torch leaves float32 matrix products to MKL, which is half as fast on CPUs
+    that Intel didn't make, and convolutions to oneDNN, which is fast on all.
+    Both read the same memory layout. Arguments are those of ``nn.Linear``.
 
     Example
     -------
@@ -26,7 +25,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps [batch, frames, in_features] to [..., out_features]."""
+        """Maps [..., in_features] to [..., out_features]."""
         if (
             x.ndim != 3
             or not x.is_cpu
@@ -41,12 +40,12 @@ class Linear(nn.Linear):
 
 
 class Dropout(nn.Dropout):
-    """torch's Dropout (Srivastava et al., 2014), 3 times as fast on a CPU.
+    """Dropout (Srivastava et al., 2014), on a CPU 3 times as fast as torch's.
 
-    There torch draws 64 random bits for each number, on one core; here 8 are
-    used. So the rate is rounded to the nearest 1/256 (0.1 to 0.1016), and
-    what is kept is scaled by the rounded rate: the expectation is exact.
-    Elsewhere this is torch's. The bits come from torch's default generator.
+    There torch draws 64 random bits for each number; this draws 8. So the
+    rate is rounded to a multiple of 1/256 (0.1 to 0.1016); what is kept is
+    scaled by the rounded rate, so the expectation is exact. On other devices
+    this is torch's. The bits come from torch's default generator.
 
     Arguments
     ---------
@@ -76,11 +75,11 @@ class Dropout(nn.Dropout):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d whose statistics are those of the batch over all processes.
+    """BatchNorm1d with the statistics of the batch over all processes.
 
-    torch's SyncBatchNorm (Ioffe and Szegedy, 2015, over processes) is for
-    GPUs alone; SpeechBrain converts to it there, this class included. On CPUs,
-    this one gathers the statistics itself. Arguments are BatchNorm1d's.
+    torch's SyncBatchNorm does this on GPUs alone, where SpeechBrain converts
+    this class to it, too. On CPUs this class gathers the statistics itself.
+    Arguments are those of ``nn.BatchNorm1d``.
 
     Example
     -------
@@ -88,17 +87,22 @@ class BatchNorm(nn.BatchNorm1d):
     torch.Size([4, 3])
     """
 
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+    momentum: float
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalises [items, features]."""
         alone = not torch.distributed.is_initialized()
         if alone or not (self.training and x.is_cpu):
             return super().forward(x)
-        dtype, x = x.dtype, x.float()  # as torch's in autocast
+        dtype, x = x.dtype, x.float()  # as torch does in autocast
         total = all_reduce(torch.tensor(float(len(x))))
         mean = all_reduce(x.sum(dim=0)) / total
         variance = all_reduce((x - mean).square().sum(dim=0)) / total
         with torch.no_grad():
-            # As torch: the running variance is the unbiased one.
+            # As in torch, the running variance is the unbiased one.
             unbiased = variance * total / (total - 1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(unbiased, self.momentum)
@@ -108,7 +112,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class MaskedBatchNorm(nn.Module):
-    """Batch normalisation whose statistics skip padded frames.
+    """Batch normalisation by the statistics of the valid frames.
 
     Arguments
     ---------
@@ -124,7 +128,7 @@ class MaskedBatchNorm(nn.Module):
 
     def __init__(self, n_features: int) -> None:
         super().__init__()
-        # Held, not inherited: SyncBatchNorm conversion then finds it.
+        # Held, not inherited, so that the conversion to SyncBatchNorm finds it.
         self.norm = BatchNorm(n_features)
 
     def forward(

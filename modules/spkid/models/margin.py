@@ -1,17 +1,16 @@
-"""Heads that turn an embedding into log-posteriors over speakers.
+"""Classifiers that turn an embedding into log-posteriors over speakers.
 
-All share one call: ``head(embeddings)`` gives log-posteriors [..., speakers];
-``head(embeddings, targets)`` gives those of training, in which the target's
-logit, and it alone, carries the margin. Either way the loss is the plain
-negative log-likelihood (``speechbrain.nnet.losses.nll_loss``), so a margin
-can be neither forgotten in training nor left on in a test.
+All have one call: ``head(embeddings)`` gives log-posteriors [..., speakers];
+``head(embeddings, targets)`` gives those of training, with a margin on the
+target's logit. The loss is always the negative log-likelihood
+(``speechbrain.nnet.losses.nll_loss``), so the margin can't be forgotten in
+training or left on in a test.
 
-The margin on the target alone is the whole point. A softmax that is given, for
-each class, the log-probability which that class would have as the target,
-normalises the margins against each other: they cancel, and once the class is
-right they turn into an anti-margin. Scale 15, margin 0.3, a cosine of 0.5 to
-the target and those of chance in 256 dimensions to 599 others (another draw
-moves the losses by up to a tenth); that softmax, the plain one, and AM:
+Only the target's logit may carry the margin. If each class gets the
+log-probability that it would have as the target, the margins cancel and, once
+the class is right, act as an anti-margin. An example with scale 15, margin
+0.3, a cosine of 0.5 to the target and random ones (in 256 dimensions) to 599
+others; the losses of a margin on every class, of none, and of AM:
 
 >>> s, m, target = 15.0, 0.3, torch.tensor([0])
 >>> cosines = torch.randn(1, 600, generator=torch.manual_seed(3)) / 256**0.5
@@ -32,9 +31,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class CosineSoftmax(nn.Module):
-    """Softmax of scaled cosines (NormFace, Wang et al., 2017); the base of
-    the margin heads.
+class AMSoftmax(nn.Module):
+    """Additive margin softmax (Wang et al., 2018): s (cos - m) for the target.
+
+    Also known as CosFace; with a margin of 0 it is NormFace (Wang et al.,
+    2017).
 
     Arguments
     ---------
@@ -45,31 +46,33 @@ class CosineSoftmax(nn.Module):
     scale : float
         Scale s of the cosines.
     margin : float
-        Margin m; here 0. Training may change it by :meth:`set_margin`; it is
-        saved with the weights.
+        Margin m. :meth:`set_margin` changes it in training; it is saved with
+        the weights.
     sub_centers : int
-        Directions a class may choose from, the nearest counts (Sub-center
+        Directions of each class, of which the nearest counts (sub-center
         ArcFace, Deng et al., 2020).
     top_k : int
-        Inter-top-k (Zhao et al., 2022): the ``top_k`` nearest wrong classes
-        are made nearer by ``top_k_margin`` in training.
+        In training, the ``top_k`` nearest wrong classes are moved nearer
+        (inter-top-k, Zhao et al., 2022).
     top_k_margin : float
-        Penalty of those classes, in units of the margin.
+        By how much, in units of the margin.
 
     Example
     -------
-    >>> head = CosineSoftmax(8, n_speakers=5)
-    >>> head(torch.rand(2, 1, 8)).exp().sum(-1)
-    tensor([[1.0000],
-            [1.0000]], grad_fn=<SumBackward1>)
+    >>> head = AMSoftmax(8, n_speakers=5, scale=30.0, margin=0.2)
+    >>> embeddings, targets = torch.rand(2, 1, 8), torch.tensor([[0], [3]])
+    >>> head(embeddings, targets).shape
+    torch.Size([2, 1, 5])
     """
+
+    margin: torch.Tensor
 
     def __init__(
         self,
         input_size: int,
         n_speakers: int,
         scale: float = 30.0,
-        margin: float = 0.0,
+        margin: float = 0.2,
         sub_centers: int = 1,
         top_k: int = 0,
         top_k_margin: float = 0.06,
@@ -77,7 +80,8 @@ class CosineSoftmax(nn.Module):
         super().__init__()
         if not 0 <= top_k < n_speakers:
             raise ValueError(
-                f"top_k={top_k} must be less than n_speakers={n_speakers}."
+                f"top_k={top_k} must be 0 or more, and less than "
+                f"n_speakers={n_speakers}."
             )
         self.scale, self.sub_centers = scale, sub_centers
         self.top_k, self.top_k_margin = top_k, top_k_margin
@@ -88,7 +92,7 @@ class CosineSoftmax(nn.Module):
         self.register_buffer("margin", torch.tensor(float(margin)))
 
     def set_margin(self, margin: float) -> None:
-        """Changes the margin from the next step on."""
+        """Sets the margin of the next steps."""
         self.margin.fill_(margin)
 
     def cosines(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -101,26 +105,22 @@ class CosineSoftmax(nn.Module):
         return cosines
 
     def shifted(self, cosines: torch.Tensor, away: bool) -> torch.Tensor:
-        """Cosines made harder: a target's lowered, or (``away`` false)
-        another class's raised. Here: as they are."""
-        return cosines
+        """cos - m for the target, cos + m' for another class."""
+        return cosines - self.margin if away else cosines + self.top_k_margin
 
     def forward(
         self, embeddings: torch.Tensor, targets: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Log-posteriors, in float32 (or better) inside autocast too.
+        """Maps [..., input_size] to log-posteriors [..., n_speakers].
 
         Arguments
         ---------
         embeddings : torch.Tensor [batch, 1, input_size] or [batch, input_size]
-            Of any length; only their direction counts.
+            Of any norm; only their direction counts.
         targets : torch.Tensor [batch, 1] or [batch], optional
             Indices of the right classes, for training.
-
-        Returns
-        -------
-        torch.Tensor [batch, 1, n_speakers] or [batch, n_speakers]
         """
+        # In float32 or better, also inside autocast.
         with torch.autocast(embeddings.device.type, enabled=False):
             exact = torch.promote_types(embeddings.dtype, torch.float32)
             cosines = self.cosines(embeddings.to(exact))
@@ -140,41 +140,12 @@ class CosineSoftmax(nn.Module):
         return cosines.scatter(-1, index, self.shifted(target, away=True))
 
 
-class AMSoftmax(CosineSoftmax):
-    """Additive margin softmax: s (cos - m) for the target.
-
-    "Additive Margin Softmax for Face Verification" (Wang et al., 2018);
-    CosFace (Wang et al., 2018). Arguments as in :class:`CosineSoftmax`.
-
-    Example
-    -------
-    >>> head = AMSoftmax(8, n_speakers=5, scale=30.0, margin=0.2)
-    >>> embeddings, targets = torch.rand(2, 1, 8), torch.tensor([[0], [3]])
-    >>> head(embeddings, targets).shape
-    torch.Size([2, 1, 5])
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        n_speakers: int,
-        scale: float = 30.0,
-        margin: float = 0.2,
-        **options,
-    ) -> None:
-        super().__init__(input_size, n_speakers, scale, margin, **options)
-
-    def shifted(self, cosines: torch.Tensor, away: bool) -> torch.Tensor:
-        """cos - m for the target, cos + m' for another class."""
-        return cosines - self.margin if away else cosines + self.top_k_margin
-
-
 class AAMSoftmax(AMSoftmax):
     """Additive angular margin softmax: s cos(angle + m) for the target.
 
-    ArcFace (Deng et al., 2019). Past pi - m, where the cosine would rise
-    again, the target's cosine falls on by the constant m sin(m). Arguments as
-    in :class:`CosineSoftmax`.
+    Also known as ArcFace (Deng et al., 2019). For angles above pi - m, where
+    cos(angle + m) would rise again, it is cos(angle) - m sin(m). Arguments
+    are those of :class:`AMSoftmax`.
 
     Example
     -------
@@ -199,7 +170,7 @@ class AAMSoftmax(AMSoftmax):
 
 
 class LinearSoftmax(nn.Module):
-    """Plain softmax classifier behind the same call; it has no margin.
+    """Plain softmax classifier with the same call; targets change nothing.
 
     Arguments
     ---------
@@ -220,7 +191,7 @@ class LinearSoftmax(nn.Module):
         self, input_size: int, n_speakers: int, hidden_size: int | None = None
     ) -> None:
         super().__init__()
-        layers = []
+        layers: list[nn.Module] = []
         if hidden_size is not None:
             layers = [nn.Linear(input_size, hidden_size), nn.ReLU()]
             input_size = hidden_size
@@ -229,7 +200,7 @@ class LinearSoftmax(nn.Module):
     def forward(
         self, embeddings: torch.Tensor, targets: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[..., input_size] to log-posteriors [..., n_speakers]."""
+        """Maps [..., input_size] to log-posteriors [..., n_speakers]."""
         logits = self.layers(embeddings)
         exact = torch.promote_types(logits.dtype, torch.float32)
         return F.log_softmax(logits.to(exact), dim=-1)

@@ -1,18 +1,22 @@
-"""Lengths and masks: the one place where relative lengths become integers.
+"""Lengths and masks.
 
-SpeechBrain hands a batch's lengths around as fractions of its longest item.
-``length_to_mask(relative * n_frames)`` is one frame too long for about 4 % of
-all (length, n_frames) pairs, because the product lands just above the whole
-number; rounding once, here, is exact up to 2**23 frames.
+Inside the package, lengths are whole numbers of frames; fractions raise a
+TypeError. SpeechBrain passes lengths as fractions of the batch's longest item.
+They are converted here and nowhere else, with rounding, which is exact up to
+2**23 frames. SpeechBrain's ``length_to_mask(relative * n_frames)`` marks one
+frame too many for about 4 % of all (length, n_frames) pairs, because the
+product lands just above the whole number.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 
 def absolute_lengths(relative: torch.Tensor, n_frames: int) -> torch.Tensor:
-    """SpeechBrain's relative lengths as numbers of frames.
+    """Converts SpeechBrain's relative lengths to numbers of frames.
 
     Arguments
     ---------
@@ -26,17 +30,28 @@ def absolute_lengths(relative: torch.Tensor, n_frames: int) -> torch.Tensor:
     torch.Tensor [batch]
         int64, at least 1.
 
+    Raises
+    ------
+    TypeError
+        If the lengths are whole numbers already.
+
     Example
     -------
     >>> absolute_lengths(torch.tensor([3 / 7, 1.0]), 7)
     tensor([3, 7])
     """
+    if not relative.is_floating_point():
+        raise TypeError(
+            "Relative lengths must be fractions of the batch's frames, not "
+            f"{relative.dtype}; convert numbers of frames with "
+            "relative_lengths()."
+        )
     frames = torch.round(relative.to(torch.float32) * n_frames)
     return frames.to(torch.int64).clamp(min=1)
 
 
 def relative_lengths(lengths: torch.Tensor, n_frames: int) -> torch.Tensor:
-    """Numbers of frames as SpeechBrain's relative lengths.
+    """Converts numbers of frames to SpeechBrain's relative lengths.
 
     Arguments
     ---------
@@ -55,6 +70,7 @@ def relative_lengths(lengths: torch.Tensor, n_frames: int) -> torch.Tensor:
     >>> relative_lengths(torch.tensor([2, 4]), 4)
     tensor([0.5000, 1.0000])
     """
+    _refuse_fractions(lengths)
     return lengths.to(torch.float32) / n_frames
 
 
@@ -79,5 +95,92 @@ def valid_mask(lengths: torch.Tensor, n_frames: int) -> torch.Tensor:
     tensor([[ True, False, False],
             [ True,  True,  True]])
     """
+    _refuse_fractions(lengths)
     frames = torch.arange(n_frames, device=lengths.device)
     return frames < lengths.unsqueeze(1)
+
+
+def zero_padding(
+    x: torch.Tensor, lengths: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sets the padding to 0, whatever it holds, NaN included.
+
+    Arguments
+    ---------
+    x : torch.Tensor [batch, frames, features]
+        Input; it isn't changed.
+    lengths : torch.Tensor [batch], optional
+        Frames of each utterance, integers; None: nothing is padded.
+
+    Example
+    -------
+    >>> zero_padding(torch.ones(1, 3, 1), torch.tensor([2])).flatten()
+    tensor([1., 1., 0.])
+    """
+    if lengths is None:
+        return x
+    return x.masked_fill(~valid_mask(lengths, x.shape[1]).unsqueeze(-1), 0.0)
+
+
+def masked_mean(
+    x: torch.Tensor, lengths: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean over the valid frames.
+
+    Arguments
+    ---------
+    x : torch.Tensor [batch, frames, features]
+        Input.
+    lengths : torch.Tensor [batch], optional
+        Frames of each utterance, integers; None: nothing is padded.
+
+    Returns
+    -------
+    torch.Tensor [batch, features]
+
+    Example
+    -------
+    >>> x = torch.tensor([[[1.0], [3.0], [99.0]]])
+    >>> masked_mean(x, torch.tensor([2]))
+    tensor([[2.]])
+    """
+    if lengths is None:
+        return x.mean(dim=1)
+    total = zero_padding(x, lengths).sum(dim=1)
+    return total / lengths.unsqueeze(1).to(x.dtype)
+
+
+def masked_softmax(
+    scores: torch.Tensor, lengths: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Softmax over the valid frames; padding gets exactly 0.
+
+    Arguments
+    ---------
+    scores : torch.Tensor [batch, frames, heads]
+        Unnormalised weights.
+    lengths : torch.Tensor [batch], optional
+        Frames of each utterance, integers; None: nothing is padded.
+
+    Returns
+    -------
+    torch.Tensor [batch, frames, heads]
+
+    Example
+    -------
+    >>> masked_softmax(torch.zeros(1, 3, 1), torch.tensor([2])).flatten()
+    tensor([0.5000, 0.5000, 0.0000])
+    """
+    if lengths is not None:
+        valid = valid_mask(lengths, scores.shape[1]).unsqueeze(-1)
+        scores = scores.masked_fill(~valid, -math.inf)
+    return scores.softmax(dim=1)
+
+
+def _refuse_fractions(lengths: torch.Tensor) -> None:
+    """Looks at the type alone: no value is copied from a GPU."""
+    if lengths.is_floating_point():
+        raise TypeError(
+            "lengths must be whole numbers of frames, not SpeechBrain's "
+            "relative lengths; convert them with absolute_lengths()."
+        )

@@ -1,4 +1,4 @@
-"""The course's sample encoder, behind the same interface as the Conformer."""
+"""The encoder of the course's sample model, with a padding mask."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from spkid.models.masks import valid_mask
 class TransformerEncoder(nn.Module):
     """Linear prenet and post-norm Transformer layers without positions.
 
-    The sample model of the "ML2022 Spring HW4" course ("Attention Is All You
-    Need", Vaswani et al., 2017), but for one thing: it attended to padding,
-    this one doesn't. With ``n_layers=1, d_model=80, n_heads=2, d_ff=256`` and
-    the course's head it has the sample's 125,896 parameters.
+    The encoder (Vaswani et al., 2017) of the sample model of ML2022 Spring
+    HW4, except that it doesn't attend to padding. The defaults are the
+    sample's: with its head, the model has 125,896 parameters.
 
     Arguments
     ---------
@@ -66,7 +65,7 @@ class TransformerEncoder(nn.Module):
         Arguments
         ---------
         x : torch.Tensor [batch, frames, input_size]
-            Features; what stands in the padding is of no consequence.
+            Features; the padding may hold anything.
         lengths : torch.Tensor [batch], optional
             Frames of each utterance, integers; None: nothing is padded.
 

@@ -1,4 +1,4 @@
-"""What a channel leaves in an utterance."""
+"""What a recording's room and microphone leave in an utterance."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from spkid.data.feature_file import FeatureFiles
-from spkid.data.pack import PackedFeatures
+from spkid.data import FeatureFiles, PackedFeatures
 from spkid.files import save_atomically
 
 
 def fingerprint(
     frames: np.ndarray, mean: np.ndarray, deviation: np.ndarray
 ) -> np.ndarray:
-    """What the channel leaves in one utterance.
+    """What the channel, room and microphone, leaves in one utterance.
 
     Arguments
     ---------
@@ -49,18 +48,18 @@ def fingerprint(
 
 
 def pack_fingerprints(
-    pack: PackedFeatures | FeatureFiles,
+    features: PackedFeatures | FeatureFiles,
     paths: Sequence[str],
     progress: bool = True,
 ) -> np.ndarray:
-    """Fingerprints of a pack's utterances; made once, kept beside the pack.
+    """Fingerprints of utterances; those of a pack are made once and kept.
 
     Arguments
     ---------
-    pack : PackedFeatures or FeatureFiles
-        The features.
+    features : PackedFeatures or FeatureFiles
+        The features; all their utterances get a fingerprint.
     paths : sequence of str
-        Of the utterances, as the pack names them.
+        The utterances whose fingerprints to return.
     progress : bool
         Whether to show a progress bar.
 
@@ -69,26 +68,29 @@ def pack_fingerprints(
     np.ndarray [utterances, 4 * n_mels]
         float32.
     """
-    wanted = [pack.row[path] for path in paths]
-    cache = pack.file and pack.file.with_name("fingerprints.npy")
-    with contextlib.suppress(OSError, ValueError, EOFError, TypeError):
-        kept = np.load(cache)  # TypeError: there is no pack to keep it beside
-        if len(kept) == len(pack.lengths):
-            return kept[wanted]
-    everything = np.stack(
+    wanted = [features.row[path] for path in paths]
+    count = len(features.lengths)
+    cache = features.file and features.file.with_name("fingerprints.npy")
+    if cache:
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            kept = np.load(cache)
+            if len(kept) == count:
+                return kept[wanted]
+    rows = tqdm(
+        range(count),
+        desc="Fingerprinting channels",
+        unit="utterance",
+        disable=not progress,
+    )
+    prints = np.stack(
         [
-            fingerprint(pack.frames(row), *pack.statistics(row).numpy())
-            for row in tqdm(
-                range(len(pack.lengths)),
-                desc="Listening to the channels",
-                unit="utterance",
-                disable=not progress,
-            )
+            fingerprint(features.frames(row), *features.statistics(row).numpy())
+            for row in rows
         ],
         dtype=np.float32,
     )
     if cache:
         content = io.BytesIO()
-        np.save(content, everything)
+        np.save(content, prints)
         save_atomically(content.getvalue(), cache)
-    return everything[wanted]
+    return prints[wanted]

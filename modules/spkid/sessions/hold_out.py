@@ -10,20 +10,20 @@ from spkid.sessions.infer import Sessions
 def hold_out(sessions: Sessions, share: float, seed: int) -> np.ndarray:
     """Whole sessions to validate on, of each speaker with two or more.
 
-    Where the list is in the order of recording, a speaker's last sessions are
-    held out: a test of recordings to come is predicted from those before, and
-    training and validation meet at a single edge. If the last one is more than
-    two thirds of the list, the first ones are. Elsewhere sessions are drawn at
-    random, and each that brings the share nearer is taken; if none does, the
-    first drawn that is at most half of the list.
+    If the list is in the order of recording, a speaker's last sessions are
+    held out: validation then predicts later recordings from earlier ones, and
+    the two sets meet at a single boundary. If the last session is more than
+    two thirds of the list, the first ones are held out. In lists without
+    order, sessions are drawn at random, and each that brings the share nearer
+    is taken; if none does, the first drawn that is at most half of the list.
 
     Arguments
     ---------
     sessions : Sessions
         Of all utterances.
     share : float
-        Of a speaker's utterances, in (0, 1): whole sessions come as near to
-        it as they can.
+        Of a speaker's utterances, in (0, 1); whole sessions come as near to
+        it as possible.
     seed : int
         Of the draw.
 
@@ -34,6 +34,7 @@ def hold_out(sessions: Sessions, share: float, seed: int) -> np.ndarray:
 
     Example
     -------
+    >>> from spkid.sessions import known_sessions
     >>> sessions = known_sessions([0, 0, 0, 1, 0], list("aaaab"))
     >>> hold_out(sessions, 0.25, seed=1)
     array([False, False, False,  True, False])
@@ -54,19 +55,20 @@ def hold_out(sessions: Sessions, share: float, seed: int) -> np.ndarray:
                 held[rows[: _nearest(cuts, share * count)]] = True
             continue
         drawn = generator.permutation(len(sizes))
-        chosen, missing = [], share * count
+        chosen: list[int] = []
+        missing = share * count
         for session in drawn:
             left = missing - sizes[session]
             if abs(left) < missing and len(chosen) < len(sizes) - 1:
                 chosen.append(session)
                 missing = left
         if not chosen:
-            chosen = drawn[2 * sizes[drawn] <= count][:1]
+            chosen = drawn[2 * sizes[drawn] <= count][:1].tolist()
         held[rows[np.isin(label, chosen)]] = True
     return held
 
 
-def _nearest(values, wanted):
+def _nearest(values: np.ndarray, wanted: float) -> int:
     return values[np.abs(values - wanted).argmin()]
 
 
@@ -86,10 +88,11 @@ def fold_numbers(sessions: Sessions, folds: int, seed: int) -> np.ndarray:
     -------
     np.ndarray [utterances]
         The fold that holds an utterance out; -1 for speakers with a single
-        session, who are trained on always.
+        session, who are always trained on.
 
     Example
     -------
+    >>> from spkid.sessions import known_sessions
     >>> sessions = known_sessions([0, 1, 1, 2, 0], list("aaaab"))
     >>> fold_numbers(sessions, 3, seed=0).tolist()[-1]
     -1
@@ -116,14 +119,14 @@ def fold_numbers(sessions: Sessions, folds: int, seed: int) -> np.ndarray:
 def hold_out_known(
     sessions: Sessions, held: np.ndarray, share: float, seed: int
 ) -> np.ndarray:
-    """Utterances to validate on whose sessions are trained on.
+    """Utterances to validate on from sessions that are also trained on.
 
     Arguments
     ---------
     sessions : Sessions
         Of all utterances.
     held : np.ndarray [utterances]
-        True for those held out already.
+        True for those that are held out already.
     share : float
         Of the utterances, in [0, 1), spread evenly over the speakers.
     seed : int
@@ -136,6 +139,7 @@ def hold_out_known(
 
     Example
     -------
+    >>> from spkid.sessions import known_sessions
     >>> sessions = known_sessions([0, 0, 1, 1], list("aaaa"))
     >>> held = np.array([False, False, True, True])
     >>> int(hold_out_known(sessions, held, 0.25, seed=0).sum())
@@ -143,7 +147,7 @@ def hold_out_known(
     """
     known = np.zeros(len(held), dtype=bool)
     generator = np.random.default_rng(seed)
-    wanted = 0.5  # one that a speaker cannot give is left to the next
+    wanted = 0.5  # what one speaker cannot give, the next one gives
     for rows in sessions.rows():
         left = rows[~held[rows]]
         wanted = min(wanted, 1.0) + share * len(rows)
@@ -154,3 +158,19 @@ def hold_out_known(
                 remaining[sessions.label[row]] -= 1
                 wanted -= 1
     return known
+
+
+def hold_out_random(speaker: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Random utterances of each speaker, but never all [utterances].
+
+    Example
+    -------
+    >>> int(hold_out_random(np.zeros(8, dtype=int), 0.25, seed=0).sum())
+    2
+    """
+    held = np.zeros(len(speaker), dtype=bool)
+    generator = np.random.default_rng(seed)
+    for rows in Sessions(speaker, speaker).rows():
+        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        held[generator.permutation(rows)[:count]] = True
+    return held

@@ -1,26 +1,26 @@
 """Which utterances of a speaker share a recording session.
 
 Utterances of one recording share its room, microphone and day. If some of
-them are trained on and others validated on, the validation is flattering: it
-never hears a new recording, while the test hears nothing else. So whole
-sessions are held out, and where nobody wrote down the sessions they are
-inferred here from the features alone.
+them are trained on and others validated on, the validation is too optimistic:
+it never hears a new recording, while the test hears nothing else. Therefore
+whole sessions are held out. Where they aren't known, they are inferred here
+from the features alone.
 
 An utterance's *fingerprint* is what a channel leaves in it: the long-term mean
 and deviation of each mel band, the spectrum of its quietest frames (the noise
-floor) and its mean change from frame to frame (reverberation smears it). Of a
-speaker's fingerprints a two-covariance model is made, as Brümmer and de
-Villiers ("The speaker partitioning problem", Odyssey 2010) make one of a
-speaker's utterances, with sessions in the place of speakers::
+floor) and its mean change from frame to frame (reverberation smears it). A
+two-covariance model explains a speaker's fingerprints, as Brümmer and de
+Villiers ("The speaker partitioning problem", Odyssey 2010) explain speakers'
+utterances, with sessions in the place of speakers::
 
     fingerprint = speaker's mean + session's offset + residue
 
-Offset and residue are Gaussian, their covariances the same for all speakers
-and learned by alternating with the labels, so that no number of sessions is
-chosen by hand. Where a speaker's list is in the order of recording, sessions
-are runs of it, and the likeliest segmentation is found exactly; whether it is
-in that order is tested first. Otherwise fingerprints are clustered, which is
-weaker: it divides a speaker who has a single session, too.
+Offset and residue are Gaussian. Their covariances are the same for all
+speakers and are learned by alternating with the labels, so that nobody has to
+choose a number of sessions. First it is tested whether the lists are in the
+order of recording. If they are, sessions are runs of a list, and the likeliest
+segmentation is found exactly. Otherwise fingerprints are clustered, which is
+weaker: it also divides a speaker who has a single session.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from sklearn.decomposition import PCA
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-COMPONENTS = 40  # of the fingerprints; what is left of them is mostly content
-ROUNDS = 6  # between labels and covariances; they settle after three or four
-# What is said, which the model takes for noise, stays alike for a while, and
-# the bands' residues aren't quite Gaussian. So the evidence counts less than it
-# claims; by how much was chosen on three corpora with known sessions.
+COMPONENTS = 40  # of the fingerprints; the others hold mostly content
+ROUNDS = 6  # of labels and covariances; they settle after three or four
+# Speech content, which the model takes for noise, changes slowly, and residues
+# aren't quite Gaussian. So the evidence is divided by a factor, which was
+# chosen on three corpora with known sessions.
 TEMPER_ORDERED = 3.5
 TEMPER_UNORDERED = 2.0
-# Neighbours' distance by that of random pairs: 0.33 to 0.85 in three corpora
-# that are in order, 1.00 in the same shuffled.
+# Distance of neighbours over that of random pairs: 0.33 to 0.85 in three
+# corpora in order, 1.00 after shuffling them.
 MOST_ORDER = 0.9
-PRIOR_UTTERANCES = 20  # weight of all speakers' residue against one's own
+PRIOR_UTTERANCES = 20  # weight of all speakers' residues against one's own
 
 
 @dataclass
@@ -63,8 +63,8 @@ class Sessions:
         Whether each speaker's list is in the order of recording, so that
         sessions are runs of it.
     order : float
-        Distance of neighbours in the lists, by that of a speaker's utterances
-        drawn at random; 1 where the order says nothing. NaN: not measured.
+        Distance of neighbours in the lists over that of a speaker's random
+        pairs; 1 where the order carries no information. NaN: not measured.
     """
 
     label: np.ndarray
@@ -77,14 +77,14 @@ class Sessions:
         return _rows(self.speaker)
 
 
-def _rows(speaker):
+def _rows(speaker: np.ndarray) -> list[np.ndarray]:
     order = np.argsort(speaker, kind="stable")
     ends = np.cumsum(np.bincount(speaker))
     return np.split(order, ends[:-1])
 
 
 def known_sessions(names: Sequence, speakers: Sequence) -> Sessions:
-    """Sessions that somebody wrote down.
+    """Sessions whose names are known.
 
     Arguments
     ---------
@@ -93,24 +93,20 @@ def known_sessions(names: Sequence, speakers: Sequence) -> Sessions:
     speakers : sequence
         The speaker of each utterance, by any name.
 
-    Returns
-    -------
-    Sessions
-
     Example
     -------
     >>> known_sessions(["b", "a", "a"], ["x", "x", "y"]).label
     array([1, 0, 0])
     """
     speaker = np.unique(speakers, return_inverse=True)[1]
-    names, label = np.asarray(names), np.zeros(len(speaker), dtype=int)
+    label, session = np.zeros(len(speaker), dtype=int), np.asarray(names)
     for rows in _rows(speaker):
-        label[rows] = np.unique(names[rows], return_inverse=True)[1]
+        label[rows] = np.unique(session[rows], return_inverse=True)[1]
     return Sessions(label, speaker)
 
 
 def infer_sessions(prints: np.ndarray, speakers: Sequence) -> Sessions:
-    """Sessions from fingerprints.
+    """Infers sessions from fingerprints.
 
     Arguments
     ---------
@@ -118,10 +114,6 @@ def infer_sessions(prints: np.ndarray, speakers: Sequence) -> Sessions:
         Fingerprints, each speaker's in the order of the data's list.
     speakers : sequence
         The speaker of each utterance, by any name.
-
-    Returns
-    -------
-    Sessions
 
     Example
     -------
@@ -147,7 +139,7 @@ def infer_sessions(prints: np.ndarray, speakers: Sequence) -> Sessions:
     order, ordered = _order(points, all_rows)
     near, owner = _near_pairs(points, all_rows, ordered)
     temper = TEMPER_ORDERED if ordered else TEMPER_UNORDERED
-    # To begin with: nearest pairs share a session, most of them.
+    # Initially: most of the nearest pairs share a session.
     size = (near**2).sum(axis=1)
     close = near[size <= np.quantile(size, 0.6)]
     within = close.T @ close / len(close) / 2
@@ -157,7 +149,7 @@ def infer_sessions(prints: np.ndarray, speakers: Sequence) -> Sessions:
         ridge = max(0.01 * np.trace(within) / components, 1e-6)
         within += ridge * np.eye(components)
         noise = _speaker_noise(near, owner, within, all_rows)
-        # Both covariances become diagonal, that of the residue the identity.
+        # In these axes both covariances are diagonal, the residue's is 1.
         spread, axes = eigh(between, within)
         spread = np.maximum(spread, 1e-3)
         scale = np.sqrt(temper * noise)[speaker, None]
@@ -176,18 +168,21 @@ def infer_sessions(prints: np.ndarray, speakers: Sequence) -> Sessions:
     return Sessions(label, speaker, ordered, order)
 
 
-def _order(points, all_rows):
-    """Neighbours' distance by that of random pairs; whether that is the order
-    of recording: no chance, and no weak sorting by something else."""
+Rows = list[np.ndarray]
+
+
+def _order(points: np.ndarray, all_rows: Rows) -> tuple[float, bool]:
+    """Neighbours' distance over that of random pairs; whether the lists are in
+    the order of recording, neither by chance nor weakly sorted otherwise."""
     generator = np.random.default_rng(0)
 
-    def neighbours(shuffle):
+    def neighbours(shuffle: bool) -> float:
         total = []
         for rows in all_rows:
             own = generator.permutation(rows) if shuffle else rows
             steps = np.diff(points[own], axis=0)
             total.append(np.log((steps**2).sum(axis=1) + 1e-12))
-        return np.median(np.concatenate(total))  # copies don't move it
+        return np.median(np.concatenate(total))  # robust against copies
 
     observed = neighbours(False)
     chance = np.array([neighbours(True) for _ in range(20)])
@@ -196,10 +191,13 @@ def _order(points, all_rows):
     return order, bool(far > 5 and order < MOST_ORDER)
 
 
-def _near_pairs(points, all_rows, ordered):
+def _near_pairs(
+    points: np.ndarray, all_rows: Rows, ordered: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Differences of pairs that mostly share a session, and their speakers:
     neighbours in the list, or in the space of fingerprints."""
-    near, owner = [], []
+    near: list[np.ndarray] = []
+    owner: list[int] = []
     for index, rows in enumerate(all_rows):
         own = points[rows]
         if len(own) < 2:
@@ -215,11 +213,13 @@ def _near_pairs(points, all_rows, ordered):
     return np.concatenate(near), np.array(owner)
 
 
-def _speaker_noise(near, owner, within, all_rows):
-    """How much a speaker's residue varies, by all speakers' [speakers].
+def _speaker_noise(
+    near: np.ndarray, owner: np.ndarray, within: np.ndarray, all_rows: Rows
+) -> np.ndarray:
+    """Variance of each speaker's residue over that of all [speakers].
 
-    A median, which sessions' ends don't move, drawn towards 1 where the
-    speaker has few utterances.
+    It is a median, which the boundaries of sessions don't move, drawn towards
+    1 for speakers with few utterances.
     """
     size = np.einsum("ij,ij->i", near, np.linalg.solve(within, near.T).T)
     common = max(np.median(size), 1e-12)
@@ -233,8 +233,10 @@ def _speaker_noise(near, owner, within, all_rows):
     return np.maximum(noise, 0.3)
 
 
-def _evidence(count, total, spread):
-    """Log-likelihood ratio, in nats, of utterances being one session to their
+def _evidence(
+    count: np.ndarray, total: np.ndarray, spread: np.ndarray
+) -> np.ndarray:
+    """Log-likelihood ratio, in nats: the utterances are one session, against
     each having the speaker's mean; residues have unit variance.
 
     ``total`` [..., dimensions] sums ``count`` [...] fingerprints; ``spread``
@@ -244,9 +246,11 @@ def _evidence(count, total, spread):
     return 0.5 * (spread * total**2 / gain - np.log(gain)).sum(axis=-1)
 
 
-def _segment(points, spread, change):
-    """The likeliest division of a list into sessions, by dynamic programming:
-    the label of each utterance."""
+def _segment(
+    points: np.ndarray, spread: np.ndarray, change: float
+) -> np.ndarray:
+    """Labels of the likeliest division of a list into sessions, by dynamic
+    programming."""
     count = len(points)
     sums = np.concatenate((np.zeros_like(points[:1]), points.cumsum(axis=0)))
     best, begin = np.zeros(count + 1), np.zeros(count + 1, dtype=int)
@@ -264,9 +268,9 @@ def _segment(points, spread, change):
     return label
 
 
-def _cluster(points, spread):
-    """Average linkage of the evidence that two utterances share a session;
-    groups are joined while it speaks for that."""
+def _cluster(points: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """Average linkage by the evidence that two utterances share a session;
+    groups are joined while the evidence is positive."""
     count = len(points)
     if count < 2:
         return np.zeros(count, dtype=int)
@@ -283,15 +287,20 @@ def _cluster(points, spread):
     return fcluster(tree, -lowest, "distance") - 1
 
 
-def _covariances(points, speaker, label, noise):
+def _covariances(
+    points: np.ndarray,
+    speaker: np.ndarray,
+    label: np.ndarray,
+    noise: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Covariance within and between sessions, and the number of sessions.
 
-    ``noise`` [speakers] is each one's deviation, by which residues count less.
-    The speakers' means are taken for known, so of a speaker's S sessions only
-    1 - 1 / S of their covariance is seen. That is left so: it makes too few
-    sessions rather than too many, and one too few leaks nothing. Unbiased, 13 %
-    instead of 0.5 % of the utterances held out in VoxForge, where most speakers
-    have one session, came from a session that was trained on.
+    ``noise`` [speakers] is the deviation by which residues are divided. The
+    speakers' means are treated as known, so only 1 - 1 / S of the covariance
+    between S sessions is seen. The bias is left in: it makes too few sessions
+    rather than too many, and too few leak nothing. Without it, 13 % instead of
+    0.5 % of the utterances held out in VoxForge, where most speakers have one
+    session, came from a session that was trained on.
     """
     pairs = np.stack((speaker, label))
     group = np.unique(pairs, axis=1, return_inverse=True)[1].ravel()

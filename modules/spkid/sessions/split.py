@@ -1,9 +1,9 @@
 """What is trained on and what is validated on.
 
 ``session`` holds out whole recording sessions, which no training utterance
-of the speaker shares, and beside them a few utterances of sessions that are
-trained on. The accuracy on the first predicts that on new recordings; the
-second flatters.
+of the speaker shares, and a few utterances of sessions that are trained on.
+Accuracy on the first predicts accuracy on new recordings; accuracy on the
+second is too optimistic.
 """
 
 from __future__ import annotations
@@ -12,26 +12,27 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ml2022hw4_prepare import read_json
-from spkid.data.corpus import Corpus, manifest
-from spkid.data.pack import PackedFeatures
+from spkid.data import Corpus, FeatureFiles, PackedFeatures, manifest
 from spkid.errors import UserError
-from spkid.files import save_atomically
+from spkid.files import read_json, save_atomically
 from spkid.sessions.fingerprints import pack_fingerprints
 from spkid.sessions.hold_out import (
     fold_numbers,
     hold_out,
     hold_out_known,
+    hold_out_random,
 )
 from spkid.sessions.infer import Sessions, infer_sessions, known_sessions
 
 BY_SESSION = ("session", "folds")
 SPLITS = (*BY_SESSION, "random", "none")
+SOURCES = ("auto", "inferred")
 # The keys of the YAML file that decide a split.
-KEYS = (
+SPLIT_KEYS = (
     "split",
     "valid_fraction",
     "known_fraction",
@@ -43,24 +44,24 @@ KEYS = (
 
 
 def written_sessions(corpus: Corpus) -> tuple[list[str] | None, str]:
-    """The session of each labelled utterance, where the data folder says it.
+    """The session of each labelled utterance, if the data folder names it.
 
     Arguments
     ---------
     corpus : Corpus
         Its folder may hold sessions.json (feature path to session, a text or
-        a whole number), or its feature paths may be speaker/session/file, by
-        the speaker's very name.
+        a whole number), or its feature paths may be speaker/session/file,
+        with the speaker's exact name.
 
     Returns
     -------
     tuple
-        A list of names, and what says so; None where nothing does.
+        The names, or None, and where they are from.
 
     Raises
     ------
     UserError
-        If sessions.json doesn't name an utterance's session.
+        If sessions.json lacks an utterance's session.
     """
     path = corpus.folder / "sessions.json"
     if path.exists():
@@ -71,35 +72,24 @@ def written_sessions(corpus: Corpus) -> tuple[list[str] | None, str]:
                 raise UserError(
                     f"{path}: {utterance.path!r} has "
                     + ("no session" if name is None else f"session {name!r}")
-                    + "; name one, by a text or a whole number, for each "
-                    "labelled utterance, or give --sessions inferred."
+                    + "; give each labelled utterance a text or a whole "
+                    "number, or give --sessions inferred."
                 )
-        said = [str(names[u.path]) for u in corpus.labelled]
-        return said, "as sessions.json says"
+        found = [str(names[u.path]) for u in corpus.labelled]
+        return found, "read from sessions.json"
     parts = [Path(u.path).parts for u in corpus.labelled]
     if all(
         len(own) == 3 and own[0] == utterance.speaker
         for own, utterance in zip(parts, corpus.labelled, strict=True)
     ):
-        return [own[1] for own in parts], "the folders speaker/session/file"
+        found = [own[1] for own in parts]
+        return found, "read from the folders speaker/session/file"
     return None, ""
 
 
-def sessions_digest(corpus: Corpus, choices: dict) -> str | None:
-    """What sessions.json holds, if the split is made of it.
-
-    Arguments
-    ---------
-    corpus : Corpus
-        The data.
-    choices : dict
-        The values of ``KEYS``.
-
-    Returns
-    -------
-    str
-        16 hexadecimal digits; None if it isn't there or doesn't matter.
-    """
+def sessions_digest(corpus: Corpus, choices: dict[str, Any]) -> str | None:
+    """16 hexadecimal digits that identify the content of sessions.json; None
+    if there is none, or the split doesn't depend on it."""
     path = corpus.folder / "sessions.json"
     used = choices["split"] in BY_SESSION and choices["sessions"] == "auto"
     if not (used and path.exists()):
@@ -108,7 +98,9 @@ def sessions_digest(corpus: Corpus, choices: dict) -> str | None:
 
 
 def find_sessions(
-    corpus: Corpus, pack: PackedFeatures, sessions: str = "auto"
+    corpus: Corpus,
+    features: PackedFeatures | FeatureFiles,
+    sessions: str = "auto",
 ) -> tuple[Sessions, str]:
     """The sessions of the labelled utterances, and where they are from.
 
@@ -116,101 +108,88 @@ def find_sessions(
     ---------
     corpus : Corpus
         The data.
-    pack : PackedFeatures
+    features : PackedFeatures or FeatureFiles
         Their features.
     sessions : str
-        "auto": as the data folder says, else inferred; or "inferred".
-
-    Returns
-    -------
-    tuple
-        The sessions and a sentence about them.
+        "auto": from the data folder, else inferred; or "inferred".
     """
-    if sessions not in ("auto", "inferred"):
-        raise UserError(f"sessions={sessions!r} is neither auto nor inferred.")
-    speakers = [u.speaker for u in corpus.labelled]
+    speakers = [str(u.speaker) for u in corpus.labelled]
     if sessions == "auto":
         names, source = written_sessions(corpus)
         if names is not None:
             return known_sessions(names, speakers), source
-    prints = pack_fingerprints(pack, [u.path for u in corpus.labelled])
+    prints = pack_fingerprints(features, [u.path for u in corpus.labelled])
     found = infer_sessions(prints, speakers)
-    how = "clustered; the lists' order says nothing"
-    if found.ordered:
-        how = f"runs of the lists; neighbours are {found.order:.2f} x as far"
-        how += " apart as random pairs"
-    return found, f"inferred from the features ({how})"
-
-
-def _hold_out_random(speaker, share, seed):
-    """Utterances at random, whatever their session; of each speaker at least
-    one, but never all."""
-    held = np.zeros(len(speaker), dtype=bool)
-    generator = np.random.default_rng(seed)
-    for rows in Sessions(speaker, speaker).rows():
-        count = min(max(1, round(share * len(rows))), len(rows) - 1)
-        held[generator.permutation(rows)[:count]] = True
-    return held
+    if not found.ordered:
+        how = "by clustering (the list order carries no information)"
+        return found, f"inferred {how}"
+    how = f"neighbours {found.order:.2f} times as far apart as random pairs"
+    return found, f"inferred from list order ({how})"
 
 
 def divide(
-    corpus: Corpus, pack: PackedFeatures, choices: dict
-) -> tuple[dict[str, dict], dict]:
+    corpus: Corpus,
+    features: PackedFeatures | FeatureFiles,
+    choices: dict[str, Any],
+) -> tuple[dict[str, dict], dict[str, Any]]:
     """Manifests of the training and validation utterances, and a report.
 
     Arguments
     ---------
     corpus : Corpus
         The data.
-    pack : PackedFeatures
+    features : PackedFeatures or FeatureFiles
         Their features.
     choices : dict
-        The values of ``KEYS``.
+        The values of ``SPLIT_KEYS``; each must be a valid one.
 
     Returns
     -------
     tuple of dict
-        "train" and "valid", where ``part`` says of a validation utterance
-        whether its session is "new" or "known", or the draw "random"; and
-        speakers with their sessions, warnings, and where sessions are from.
+        "train" and "valid", where ``part`` says whether the session of a
+        validation utterance is "new" or "known", or that it was drawn at
+        "random"; and speakers with their sessions, warnings, and where the
+        sessions are from.
 
     Raises
     ------
     UserError
-        If a choice is none, or nothing can be held out.
+        If nothing can be held out.
     """
     split, seed = choices["split"], choices["seed"]
-    _check(choices)
-    names = [u.speaker for u in corpus.labelled]
+    share = choices["valid_fraction"]
+    names = [str(u.speaker) for u in corpus.labelled]
     speaker = np.unique(names, return_inverse=True)[1]
-    known = np.zeros(len(names), dtype=bool)
-    sessions, source = None, "not looked for"
+    held = known = np.zeros(len(names), dtype=bool)
+    sessions, source = None, "not needed"
     if split in BY_SESSION:
-        sessions, source = find_sessions(corpus, pack, choices["sessions"])
+        sessions, source = find_sessions(corpus, features, choices["sessions"])
         if split == "folds":
-            held = fold_numbers(sessions, choices["n_folds"], seed)
-            held = held == choices["fold"]
+            folds = fold_numbers(sessions, choices["n_folds"], seed)
+            held = folds == choices["fold"]
+            if not held.any() and (sessions.label > 0).any():
+                raise UserError(
+                    f"fold={choices['fold']} holds nothing out: no speaker has "
+                    "so many sessions; give a smaller --n_folds than "
+                    f"{choices['n_folds']}."
+                )
         else:
-            held = hold_out(sessions, choices["valid_fraction"], seed)
+            held = hold_out(sessions, share, seed)
         known = hold_out_known(sessions, held, choices["known_fraction"], seed)
     elif split == "random":
-        held = _hold_out_random(speaker, choices["valid_fraction"], seed)
-    else:
-        held = known.copy()
-    if split == "folds" and not held.any() and (sessions.label > 0).any():
-        raise UserError(
-            f"fold={choices['fold']} holds out nothing: no speaker has so many "
-            f"sessions; give a smaller --n_folds than {choices['n_folds']}."
-        )
+        held = hold_out_random(speaker, share, seed)
     if split != "none" and not held.any():
+        what, others = "utterances", ""
+        if sessions is not None:
+            what = f"sessions (they were {source})"
+            others = ", or give --sessions inferred"
+            if source.startswith("inferred"):
+                others = ", or give --split random, which is too optimistic"
         raise UserError(
-            f"{corpus.folder / 'metadata.json'}: no speaker has two "
-            + ("utterances" if split == "random" else "sessions")
-            + ("" if sessions is None else f" (sessions are {source})")
-            + ", so nothing can be held out for validation; record more"
-            + _other_split(split, source)
+            f"{corpus.folder / 'metadata.json'}: no speaker has two {what}, so "
+            f"nothing can be held out for validation; record more{others}."
         )
-    parts = {"train": {}, "valid": {}}
+    parts: dict[str, dict] = {"train": {}, "valid": {}}
     entries = manifest(corpus.labelled)
     for row, (key, entry) in enumerate(entries.items()):
         if sessions is not None:
@@ -222,35 +201,14 @@ def divide(
     return parts, _report(names, sessions, source, held, known, split)
 
 
-def _other_split(split, source):
-    if split == "random":
-        return "."
-    if "inferred" in source:
-        return ", or give --split random, which flatters."
-    return ", or give --sessions inferred."
-
-
-def _check(choices):
-    if choices["split"] not in SPLITS:
-        raise UserError(
-            f"split={choices['split']!r} is none of {', '.join(SPLITS)}."
-        )
-    if not 0 < choices["valid_fraction"] < 1:
-        raise UserError(
-            f"valid_fraction={choices['valid_fraction']} isn't in (0, 1)."
-        )
-    if not 0 <= choices["known_fraction"] < 1:
-        raise UserError(
-            f"known_fraction={choices['known_fraction']} isn't in [0, 1)."
-        )
-    if not 0 <= choices["fold"] < choices["n_folds"]:
-        raise UserError(
-            f"fold={choices['fold']} isn't in 0 ... n_folds - 1 = "
-            f"{choices['n_folds'] - 1}."
-        )
-
-
-def _report(names, sessions, source, held, known, split):
+def _report(
+    names: list[str],
+    sessions: Sessions | None,
+    source: str,
+    held: np.ndarray,
+    known: np.ndarray,
+    split: str,
+) -> dict[str, Any]:
     """Speakers with their sessions, and what cannot be validated."""
     unique, speaker = np.unique(names, return_inverse=True)
     speakers = {}
@@ -267,34 +225,35 @@ def _report(names, sessions, source, held, known, split):
     warnings = []
     if bare and split != "none":
         some = ", ".join(bare[:5]) + (", ..." if len(bare) > 5 else "")
-        why = "most for want of a second session"
-        if split == "random":
-            why = "for want of a second utterance"
-        elif split == "folds":
-            why = "for want of a second session, or in another fold"
+        why = {
+            "session": "most have a single session",
+            "folds": "they have a single session, or are in another fold",
+            "random": "they have a single utterance",
+        }[split]
         warnings.append(
-            f"{len(bare)} of {len(speakers)} speakers have nothing held out, "
-            f"{why}: {some}; the validation says nothing about them."
+            f"{len(bare)} of {len(speakers)} speakers have nothing held out "
+            f"({why}), so they are not validated: {some}."
         )
-    if held.any() and split in BY_SESSION and not known.any():
+    if sessions is not None and held.any() and not known.any():
         trained = zip(speaker[~held], sessions.label[~held], strict=True)
-        cure = "no session that is trained on has a second utterance."
+        cure = "no session that is trained on has a second utterance"
         if max(Counter(trained).values(), default=0) > 1:
-            cure = "a larger --known_fraction would do it."
+            cure = "give a larger --known_fraction"
         warnings.append(
-            "nothing is held out of known sessions, so there is no gap to "
-            f"see; {cure}"
+            "nothing is held out of known sessions, so the gap cannot be "
+            f"measured; {cure}."
         )
-    if "clustered" in source:
+    if "clustering" in source:
         warnings.append(
-            "the order of the lists says nothing about sessions, so utterances "
-            "were clustered; that divides a speaker with a single session, "
-            "too. A sessions.json in the data folder would be surer."
+            "the list order carries no information about sessions, so the "
+            "utterances were clustered, which also divides speakers with a "
+            "single session. A sessions.json in the data folder is more "
+            "reliable."
         )
     if split == "random":
         warnings.append(
-            "split: random validates on sessions that are trained on, which "
-            "flatters; --split session is honest."
+            "--split random validates on sessions that are trained on, which "
+            "is too optimistic; --split session is not."
         )
     return {
         "sessions": source,
@@ -306,27 +265,29 @@ def _report(names, sessions, source, held, known, split):
 
 
 def write_manifests(
-    corpus: Corpus, pack: PackedFeatures, folder: str | Path, choices: dict
+    corpus: Corpus,
+    features: PackedFeatures | FeatureFiles,
+    folder: str | Path,
+    choices: dict[str, Any],
 ) -> None:
     """Writes train.json, valid.json and test.json in SpeechBrain's form, and
     split_report.json.
 
-    A split that is there already, whole, made of the same files by the same
-    choices, is left as it is.
+    A complete split of the same files by the same choices is left as it is.
 
     Arguments
     ---------
     corpus : Corpus
         The data.
-    pack : PackedFeatures
+    features : PackedFeatures or FeatureFiles
         Their features.
     folder : str or pathlib.Path
-        Where to.
+        Where to write.
     choices : dict
-        Holds the values of ``KEYS``; may hold more.
+        The values of ``SPLIT_KEYS``; other keys are ignored.
     """
     folder = Path(folder)
-    choices = {key: choices[key] for key in KEYS}
+    choices = {key: choices[key] for key in SPLIT_KEYS}
     made_of = {
         "data": corpus.digest(),
         "written_sessions": sessions_digest(corpus, choices),
@@ -337,13 +298,13 @@ def write_manifests(
     whole = all((folder / name).exists() for name in (done.name, *files))
     if whole and read_json(done) == made_of:
         return
-    parts, report = divide(corpus, pack, choices)
+    parts, report = divide(corpus, features, choices)
     parts["test"] = manifest(corpus.test)
     for name, part in parts.items():
         save_atomically(json.dumps(part, indent=1), folder / f"{name}.json")
     save_atomically(json.dumps(report, indent=1), folder / "split_report.json")
     save_atomically(json.dumps(made_of, indent=1), done)
     if choices["split"] in BY_SESSION:
-        print(f"Sessions are {report['sessions']}.")
+        print(f"Sessions: {report['sessions']}.")
     for warning in report["warnings"]:
         print(f"Note: {warning}", flush=True)

@@ -1,0 +1,16 @@
+"""SpeechBrain's training loop, checkpoints and loggers, made safe."""
+
+from spkid.training.brain import RobustBrain
+from spkid.training.checkpoints import AtomicCheckpointer, RunState
+from spkid.training.loggers import EpochLogger, EpochTensorboardLogger
+from spkid.training.schedule import LinearRamp, WarmupCosine
+
+__all__ = [
+    "AtomicCheckpointer",
+    "EpochLogger",
+    "EpochTensorboardLogger",
+    "LinearRamp",
+    "RobustBrain",
+    "RunState",
+    "WarmupCosine",
+]

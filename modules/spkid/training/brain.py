@@ -1,7 +1,8 @@
-"""SpeechBrain's training loop, less its traps.
+"""SpeechBrain's training loop with fixes for interruption, accumulation and
+NaN.
 
-Each override says which fault of SpeechBrain 1.1 it works around; a test in
-``tests/test_brain.py`` tells when upstream no longer has it.
+Each override names the fault of SpeechBrain 1.1 that it works around. A test
+in ``tests/training/test_brain.py`` fails once upstream has fixed it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import re
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import speechbrain as sb
@@ -29,24 +31,24 @@ from spkid.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# How the backends say that a peer is gone.
+# How the backends report that another process is gone.
 LOST_PEER = re.compile("Connection (closed|reset)|Broken pipe|remote process")
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is Slurm's
 
 
 @register_checkpoint_hooks
 class RobustBrain(sb.Brain):
-    """A Brain whose runs can be stopped, resumed and trusted.
+    """A Brain whose runs survive signals, kills and non-finite steps.
 
     * SIGINT, SIGTERM and SIGUSR1 save a checkpoint and exit with 128 + the
       signal's number; a second one exits at once.
     * A checkpoint is also saved between an epoch's training and validation.
     * A step whose loss or gradient isn't finite is skipped and counted;
-      ``nonfinite_patience`` such steps in a row end the run with advice.
+      more than ``nonfinite_patience`` in a row end the run with advice.
     * ``max_grad_norm`` clips all parameters together; 0 or less: no clipping.
-    * Batches left over at an epoch's end by gradient accumulation are used.
-    * Every utterance of a batch weighs the same, whichever rank has it, and
-      so does every utterance of an epoch in the epoch's mean loss.
+    * The last batches of an epoch are used even if they don't fill a group of
+      ``grad_accumulation_factor``.
+    * Every utterance of a batch weighs the same, whichever rank has it.
 
     Arguments are those of ``speechbrain.Brain``.
 
@@ -64,29 +66,25 @@ class RobustBrain(sb.Brain):
     3
     """
 
+    nonfinite_patience: int
+
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.batches_per_epoch = None
+        self.batches_per_epoch = 0
         self.skipped_steps = 0
-        self._items = self._seen = 0  # of this batch, of this epoch
         self._skipped_in_a_row = 0
         self._group_is_bad = False
-        self._signal = None
+        self._signal: int | None = None
 
     # --- gradient accumulation, non-finite values, clipping ---------------
 
-    def batch_size(self, batch) -> int:
-        """Items of a batch on this rank; override it for batches whose
-        ``len`` says something else."""
-        return len(batch)
-
     def fit_batch(self, batch):
-        """One batch. SpeechBrain drops the batches after the last whole
-        group of ``grad_accumulation_factor``, back-propagates NaN, and weighs
-        ranks alike though they may have different numbers of items."""
+        """Trains on one batch. SpeechBrain drops the batches after the last
+        whole group of ``grad_accumulation_factor``, backpropagates NaN, and
+        weighs ranks equally whatever their numbers of items."""
         factor, total = self.grad_accumulation_factor, self.batches_per_epoch
         should_step = self._at_boundary()
-        rest = (total or 0) % factor
+        rest = total % factor
         if rest and self.step > total - rest:
             factor = rest  # the last group of an epoch is smaller
         self.on_fit_batch_start(batch, should_step)
@@ -95,13 +93,13 @@ class RobustBrain(sb.Brain):
             with self.training_ctx:
                 outputs = self.compute_forward(batch, sb.Stage.TRAIN)
                 loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
-            items, mean = self._pool(loss.detach(), self.batch_size(batch))
+            items, mean = self._pool(loss.detach(), len(batch))
             if torch.isfinite(mean):
-                # What is backpropagated is averaged over the ranks.
-                share = self.batch_size(batch) * self._n_ranks() / items
+                # DistributedDataParallel averages gradients over the ranks.
+                share = len(batch) * self._n_ranks() / items
                 self.scaler.scale(loss * share / factor).backward()
             else:
-                # Batch statistics have seen what isn't finite, too.
+                # The batch statistics have seen the bad values, too.
                 for buffer, before in zip(
                     self.modules.buffers(), buffers, strict=True
                 ):
@@ -114,21 +112,11 @@ class RobustBrain(sb.Brain):
             self.optimizers_step()
         self._group_is_bad &= not should_step
         self.on_fit_batch_end(batch, outputs, loss, should_step)
-        self._items = items
         return mean
 
-    def update_average(self, loss, avg_loss):
-        """SpeechBrain's is a mean of batches, however small the last is."""
-        if self.step == 1:
-            self._seen = 0
-        if torch.isfinite(loss):
-            self._seen += self._items
-            avg_loss += (float(loss) - avg_loss) * self._items / self._seen
-        return avg_loss
-
     def optimizers_step(self):
-        """One step. SpeechBrain clips the first parameter group alone, turns
-        the gradient round if ``max_grad_norm`` is negative, and steps on
+        """Makes one step. SpeechBrain clips only the first parameter group,
+        reverses the gradient if ``max_grad_norm`` is negative, and steps on
         infinite gradients."""
         for optimizer in self.optimizers_dict.values():
             self.scaler.unscale_(optimizer)
@@ -147,7 +135,7 @@ class RobustBrain(sb.Brain):
         self.optimizer_step += 1
 
     def _at_boundary(self):
-        """True after the last batch of a group, where gradients are used."""
+        """Whether a group's last batch was this one, so that a step is due."""
         epoch_done = self.step == self.batches_per_epoch
         return epoch_done or self.step % self.grad_accumulation_factor == 0
 
@@ -157,8 +145,8 @@ class RobustBrain(sb.Brain):
         return torch.distributed.get_world_size()
 
     def _pool(self, mean, items):
-        """Items and mean loss over all ranks; what isn't finite on one of
-        them isn't in the mean."""
+        """Number of items and their mean loss over all ranks; the mean is
+        finite only if each rank's is."""
         if not self.distributed_launch:
             return items, mean.cpu()
         sums = torch.tensor([items, float(mean) * items], device=self.device)
@@ -166,7 +154,7 @@ class RobustBrain(sb.Brain):
         return int(sums[0]), (sums[1] / sums[0]).cpu()
 
     def _agree(self, fine):
-        """True if it is fine on every rank."""
+        """Whether it is fine on every rank."""
         if not self.distributed_launch:
             return fine
         flag = torch.tensor(float(fine), device=self.device)
@@ -183,7 +171,7 @@ class RobustBrain(sb.Brain):
             raise UserError(
                 f"The {what} wasn't finite in {self._skipped_in_a_row} steps "
                 "in a row: lower --lr, train with --precision fp32, or set "
-                "--max_grad_norm; the checkpoints before are unharmed."
+                "--max_grad_norm; the earlier checkpoints are intact."
             )
 
     # --- stopping and resuming --------------------------------------------
@@ -193,24 +181,22 @@ class RobustBrain(sb.Brain):
         super()._save(path)
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"skipped_steps: {self.skipped_steps}\n")
-            file.write(f"seen: {self._seen}\n")
 
     @mark_as_loader
     def _recover(self, path, end_of_epoch):
         super()._recover(path, end_of_epoch)
         state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        self.skipped_steps, self._seen = state["skipped_steps"], state["seen"]
+        self.skipped_steps = state["skipped_steps"]
 
     def fit(self, epoch_counter, train_set, *args, **kwargs):
-        """As ``speechbrain.Brain.fit``; signals end it with a checkpoint."""
+        """As ``speechbrain.Brain.fit``; a signal ends it with a checkpoint."""
         self.batches_per_epoch = len(train_set)
         previous = {}
         for name in STOP_SIGNALS:
-            number = getattr(signal, name, None)
-            try:
-                previous[number] = signal.signal(number, self._on_signal)
-            except (ValueError, TypeError):  # not the main thread; Windows
-                continue
+            if hasattr(signal, name):  # Windows lacks some
+                number = getattr(signal, name)
+                with suppress(ValueError):  # not the main thread
+                    previous[number] = signal.signal(number, self._on_signal)
         try:
             super().fit(epoch_counter, train_set, *args, **kwargs)
         except RuntimeError as error:
@@ -219,8 +205,8 @@ class RobustBrain(sb.Brain):
                 raise
             raise UserError(
                 f"Another process of this run has ended ({message[:120]}); "
-                "see what it said, and give the same command again: it goes "
-                "on from the last checkpoint."
+                "read its error, and give the same command again: the run "
+                "resumes from the last checkpoint."
             ) from None
         finally:
             for number, handler in previous.items():
@@ -232,13 +218,13 @@ class RobustBrain(sb.Brain):
         self._signal = number
 
     def _stop_if_asked(self):
-        """Ends the run by the signal's usual code, on all ranks at once."""
+        """Exits with the signal's usual code, on all ranks at once."""
         number = max(gather(self._signal or 0))  # not all ranks may have it
         if not number:
             return
         if if_main_process():
             logger.warning(
-                "Stopped by a signal; give the same command again to go on."
+                "Stopped by a signal; give the same command again to resume."
             )
         sys.exit(128 + number)
 
@@ -246,7 +232,7 @@ class RobustBrain(sb.Brain):
         epoch_done = self.step == self.batches_per_epoch
         stop = not self._agree(self._signal is None)
         due = stop or super()._should_save_intra_epoch_ckpt(*args)
-        # Within a group there are gradients that no checkpoint holds.
+        # Within a group there are gradients, which no checkpoint holds.
         return epoch_done or (due and self._at_boundary())
 
     def _save_intra_epoch_ckpt(self):
@@ -255,7 +241,7 @@ class RobustBrain(sb.Brain):
         self._stop_if_asked()
 
     def _keep_last_intra_epoch(self):
-        """Saves this moment and deletes the moments before it."""
+        """Saves a mid-epoch checkpoint and deletes the earlier ones."""
         saved = self.checkpointer.save_checkpoint(
             end_of_epoch=False,
             meta={INTRA_EPOCH_CKPT_FLAG: True},
@@ -276,16 +262,16 @@ class RobustBrain(sb.Brain):
             )
 
     def save_epoch(self, meta: dict, max_key: str, num_to_keep: int) -> None:
-        """Saves an epoch's end; keeps it and the best ``num_to_keep``.
+        """Saves a checkpoint at an epoch's end and deletes poorer ones.
 
         Arguments
         ---------
         meta : dict
             Metrics of the epoch, as plain Python numbers.
         max_key : str
-            The metric by which checkpoints rank, higher being better.
+            The metric that ranks checkpoints; higher is better.
         num_to_keep : int
-            So many of the best stay, beside the newest.
+            How many of the best are kept, beside the newest.
         """
         saved = self.checkpointer.save_checkpoint(meta=meta)
         if self._agree(saved is not None or not if_main_process()):
@@ -307,19 +293,18 @@ class RobustBrain(sb.Brain):
         self._stop_if_asked()
 
     def evaluate_batch(self, batch, stage):
-        """One batch; a signal ends a validation at once, since a checkpoint
-        was saved before it. Ranks, which may have different numbers of
-        batches, agree at its end."""
+        """Scores one batch. A signal ends a validation at once, since a
+        checkpoint was saved before it; ranks, which may have different numbers
+        of batches, agree only at its end."""
         if not self.distributed_launch:
             self._stop_if_asked()
-        self._items = self.batch_size(batch)
         return super().evaluate_batch(batch, stage)
 
     # --- distribution -----------------------------------------------------
 
     def _wrap_distributed(self):
-        """SpeechBrain converts to SyncBatchNorm, which is for GPUs alone, on
-        CPUs too, where the first batch then fails."""
+        """Wraps modules for distributed training. SpeechBrain converts to
+        SyncBatchNorm even on CPUs, where it fails in the first batch."""
         if not (self.distributed_launch and self.device_type == "cpu"):
             super()._wrap_distributed()
             return

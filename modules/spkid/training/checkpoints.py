@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and that hold all that a run is."""
+"""Atomic checkpoints that include random states and elapsed time."""
 
 from __future__ import annotations
 
@@ -44,16 +44,6 @@ SAVING, DELETING, UNREADABLE = "saving+", "deleting+", "unreadable+"
 def damaged_file(folder: Path) -> Path | None:
     """The first file of a checkpoint that is empty or fails its checksums.
 
-    Arguments
-    ---------
-    folder : pathlib.Path
-        The checkpoint.
-
-    Returns
-    -------
-    pathlib.Path, optional
-        None if all is well.
-
     Example
     -------
     >>> folder = getfixture("tmp_path")
@@ -78,47 +68,15 @@ def damaged_file(folder: Path) -> Path | None:
     return None
 
 
-def check_identity(path: Path, theirs: dict, ours: dict) -> None:
-    """Raises UserError if a run would go on as another run.
-
-    Arguments
-    ---------
-    path : pathlib.Path
-        Where the earlier run's identity was found.
-    theirs, ours : dict
-        What the run was begun with, and what it would go on with. A value
-        that begins with "yaml " is a digest; ``data`` is one, too, of what
-        was in ``data_folder``, which isn't compared.
-
-    Example
-    -------
-    >>> check_identity(Path("results"), {"seed": 1}, {"seed": 1})
-    """
-    for key, value in ours.items():
-        if key == "data_folder" or theirs.get(key) == value:
-            continue  # the same data may lie elsewhere now
-        begun, cure = f"{key}={theirs.get(key)}, not {value}", ""
-        if key == "data":
-            begun = f"other data, those of {theirs.get('data_folder')}"
-        elif str(value).startswith("yaml "):
-            begun = f"another '{key}' in its YAML file"
-        else:
-            cure = f"go on with {theirs.get(key)}, or "
-        raise UserError(
-            f"{path}: this run was begun with {begun}; {cure}give another "
-            "--output_folder to begin anew."
-        )
-
-
 class AtomicCheckpointer(Checkpointer):
-    """SpeechBrain's Checkpointer, safe against a death at any moment.
+    """SpeechBrain's Checkpointer, safe if the process dies at any moment.
 
-    SpeechBrain fills a checkpoint's folder under its final name, so a crash
-    leaves one that is preferred from then on and cannot be loaded. Here it is
-    filled under another name, flushed, and renamed; deleted ones are renamed
-    first, too. A checkpoint that cannot be loaded is set aside, with a
-    warning, and the one before is used; one that cannot be saved (a full
-    disk) leaves those before it alone. Arguments as in SpeechBrain.
+    SpeechBrain fills a checkpoint's folder under its final name; a crash
+    leaves one that can't be loaded but is preferred from then on. Here a
+    folder is filled under another name, flushed, and renamed, and one to be
+    deleted is renamed first. A checkpoint that can't be loaded is set aside
+    with a warning and the one before it is used. If one can't be saved (a full
+    disk), the earlier ones stay. Arguments as in SpeechBrain.
 
     Example
     -------
@@ -145,7 +103,7 @@ class AtomicCheckpointer(Checkpointer):
     ) -> Checkpoint | None:
         """Saves a checkpoint whole, or not at all.
 
-        In SpeechBrain's, a rank that can't write leaves the others waiting.
+        In SpeechBrain, a rank that can't write leaves the others waiting.
 
         Arguments
         ---------
@@ -161,7 +119,7 @@ class AtomicCheckpointer(Checkpointer):
         Returns
         -------
         Checkpoint, optional
-            None where it could not be saved, and on ranks but the first.
+            None if it could not be saved, and on all ranks but the first.
         """
         final = (
             self._new_checkpoint_dirpath()
@@ -177,7 +135,7 @@ class AtomicCheckpointer(Checkpointer):
                 meta = self._save_checkpoint_metafile(
                     part / METAFNAME, meta or {}, end_of_epoch
                 )
-            with MainProcessContext():  # in it, no rank waits for another
+            with MainProcessContext():  # within it, no rank waits
                 for key, part_of_run in self.recoverables.items():
                     save = self.custom_save_hooks.get(key) or get_default_hook(
                         part_of_run, DEFAULT_SAVE_HOOKS
@@ -219,7 +177,7 @@ class AtomicCheckpointer(Checkpointer):
             logger.log(verbosity, f"Deleted checkpoint in {path}")
 
     def delete_checkpoints(self, **kwargs) -> None:
-        """As SpeechBrain's, whose deletion goes by the class, not by self."""
+        """As SpeechBrain's, which calls the class's method, not self's."""
         original = Checkpointer._delete_checkpoint
         Checkpointer._delete_checkpoint = staticmethod(self._delete_checkpoint)
         try:
@@ -228,19 +186,14 @@ class AtomicCheckpointer(Checkpointer):
             Checkpointer._delete_checkpoint = original
 
     def recover_if_possible(self, *args, **kwargs) -> Checkpoint | None:
-        """Loads the chosen checkpoint, or the next one that can be read.
-
-        Returns
-        -------
-        Checkpoint, optional
-            None if there is none.
-        """
+        """Loads the chosen checkpoint, or the next one that can be read; None
+        if there is none."""
         while True:
             chosen = self.find_checkpoint(*args, **kwargs)
             if chosen is None:
                 return None
             damaged = damaged_file(chosen.path)
-            ddp_barrier()  # nobody renames what another one still reads
+            ddp_barrier()  # no rank renames what another one still reads
             if damaged is None:
                 self.load_checkpoint(chosen)
                 return chosen
@@ -263,11 +216,11 @@ class AtomicCheckpointer(Checkpointer):
         Arguments
         ---------
         count : int
-            So many of the best, or as many as there are.
+            How many of the best, if there are as many.
         max_key : str
-            The metric in their meta by which they rank.
+            The metric in their meta that ranks them.
         names : tuple of str
-            The recoverables to load; the others stay as they are.
+            The recoverables to load.
 
         Raises
         ------
@@ -288,18 +241,11 @@ class AtomicCheckpointer(Checkpointer):
 
 
 class RunState:
-    """What SpeechBrain's checkpoints lack: random states, the time spent, and
-    what the run may not change when it goes on.
-
-    Arguments
-    ---------
-    identity : dict
-        Plain values that must be the same when a run resumes (data, seed,
-        number of processes, ...).
+    """What SpeechBrain's checkpoints lack: random states and elapsed time.
 
     Example
     -------
-    >>> state = RunState({"seed": 1})
+    >>> state = RunState()
     >>> state.save(getfixture("tmp_path") / "state.ckpt")
     >>> first = torch.rand(1)
     >>> state.load(getfixture("tmp_path") / "state.ckpt", end_of_epoch=True)
@@ -307,41 +253,35 @@ class RunState:
     True
     """
 
-    def __init__(self, identity: dict | None = None) -> None:
-        self.identity = identity or {}
+    def __init__(self) -> None:
         self._earlier, self._started = 0.0, time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Seconds that the run has taken, those before a resume included."""
+        """Seconds that the run has taken, including those before a resume."""
         return self._earlier + time.monotonic() - self._started
 
     @mark_as_saver
     def save(self, path: Path) -> None:
-        """Writes this process's state; each rank has a file of its own."""
-        _, keys, *rest = np.random.get_state()
+        """Writes this process's state; each rank has its own file."""
+        _, keys, *rest = np.random.get_state(legacy=True)
         state = {
-            "identity": self.identity,
             "seconds": self.seconds,
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all(),
             "python": random.getstate(),
-            "numpy": (torch.from_numpy(keys.astype(np.int64)), *rest),
+            "numpy": (
+                torch.from_numpy(np.asarray(keys).astype(np.int64)),
+                *rest,
+            ),
         }
         torch.save(state, self._own(path))
 
     @mark_as_loader
     def load(self, path: Path, end_of_epoch: bool) -> None:
-        """Restores this process's state.
-
-        Raises
-        ------
-        UserError
-            If the checkpoint belongs to a run of another identity.
-        """
+        """Restores this process's state."""
         del end_of_epoch
         state = torch.load(self._own(path), weights_only=True)
-        check_identity(Path(path).parent, state["identity"], self.identity)
         self._earlier = state["seconds"]
         self._started = time.monotonic()
         torch.set_rng_state(state["torch"])

@@ -1,4 +1,4 @@
-"""SpeechBrain's loggers for runs that are killed and go on."""
+"""SpeechBrain's loggers for runs that are killed and resumed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 class EpochLogger(FileTrainLogger):
-    """A text file with one line for each epoch, and ``history.json`` beside
-    it with the same figures.
+    """A text file with one line an epoch; history.json has the same figures.
 
-    SpeechBrain's appends, so that an epoch which is validated again, after a
-    kill, has two lines. Here its line replaces the one before. What could not
-    be written (a full disk) is written with the next epoch's line. Arguments
-    as in SpeechBrain.
+    SpeechBrain's appends, so that an epoch which is repeated after a kill has
+    two lines. Here its new line replaces the old one. A line that couldn't be
+    written (a full disk) is written with the next one. Arguments as in
+    SpeechBrain.
 
     Example
     -------
@@ -36,17 +35,18 @@ class EpochLogger(FileTrainLogger):
     def __init__(self, save_file: str | Path, precision: int = 2) -> None:
         super().__init__(save_file, precision)
         self.history = Path(save_file).with_name("history.json")
-        self.rows = None
+        self.rows: list[dict] | None = None
 
     def _read(self):
         try:
-            rows = json.loads(self.history.read_text(encoding="utf-8"))
+            return json.loads(self.history.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return []
-        return rows
 
     def _line(self, row):
-        parts = {None: {}, "train": {}, "valid": {}, "test": {}}
+        parts: dict[str | None, dict] = {
+            part: {} for part in (None, "train", "valid", "test")
+        }
         for key, value in row.items():
             part, _, name = key.rpartition(" ")
             parts[part or None][name] = value
@@ -78,7 +78,7 @@ class EpochLogger(FileTrainLogger):
             save_atomically("\n".join(lines) + "\n", self.save_file)
             save_atomically(json.dumps(self.rows, indent=1), self.history)
         except UserError as error:
-            logger.error("%s The run itself goes on.", error)
+            logger.error("%s The run continues.", error)
         if verbose:
             logger.info(lines[-1])
 
@@ -86,7 +86,7 @@ class EpochLogger(FileTrainLogger):
 class EpochTensorboardLogger(TensorboardLogger):
     """TensorBoard's curves over epochs.
 
-    SpeechBrain's counts its own calls, from 1 again when a run goes on.
+    SpeechBrain's counts its own calls, from 1 again when a run resumes.
     Arguments as in SpeechBrain.
 
     Example

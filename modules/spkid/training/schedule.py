@@ -1,8 +1,8 @@
 """Schedules over training progress, a number from 0 to 1.
 
 Progress is optimiser steps done over optimiser steps planned. A schedule is
-a pure function of it: it holds no state that a checkpoint could miss, and one
-YAML serves any number of utterances. (SpeechBrain has no warm-up + cosine.)
+a pure function of it: it has no state that a checkpoint could miss, and one
+YAML serves any number of utterances. (SpeechBrain has no warm-up with cosine.)
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class WarmupCosine:
 class LinearRamp:
     """From one value to another between two points of the training.
 
-    The margin of a margin softmax is commonly raised so, from 0, while the
-    embeddings are still unordered.
+    The margin of a margin softmax is commonly raised from 0 like this, while
+    the embeddings are still unordered.
 
     Arguments
     ---------

@@ -1,27 +1,28 @@
-"""What a data folder may not say: a table of mutations, and a fuzzer."""
+"""A data folder is read whole, or refused with all that is wrong in it."""
 
+import csv
 import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import ml2022hw4_prepare
+import numpy as np
 import pytest
+import soundfile
 import torch
 from corpus import make_corpus
+from harness import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ml2022hw4_prepare import prepare, read_corpus
+from predict import write_submission
 
-import prepare
-from ml2022hw4_prepare import read_corpus
-from results import write_submission
-from spkid.data.corpus import Utterance
-from spkid.errors import UserError
-from spkid.evaluation.scores import Score
+from spkid.data import FeatureFiles, Utterance, build, feature_file
+from spkid.errors import DataError, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("mapping.json", "metadata.json", "testdata.json", "testlabels.json")
 FILE = "uttr-0-0.pt"  # the first of speaker id00000
 
@@ -39,9 +40,80 @@ def data(valid, tmp_path):
 
 def load(data, **options):
     """All that train.py does with a data folder before it trains."""
-    corpus = read_corpus(data, **options)
-    pack = prepare.pack_corpus(corpus, data.parent / "packs")
-    return corpus, pack
+    return prepare(data, pack_folder=data.parent / "packs", **options)
+
+
+# --- what a valid folder gives ---------------------------------------------
+
+
+@pytest.fixture
+def standard(tmp_path):
+    return make_corpus(tmp_path / "data")
+
+
+def test_classes_come_from_mapping_alone(standard):
+    corpus, problems = read_corpus(standard)
+    assert not problems
+    mapping = json.loads((standard / "mapping.json").read_text())
+    assert corpus.speakers == tuple(mapping["speaker2id"])
+    assert corpus.speakers != tuple(
+        json.loads((standard / "metadata.json").read_text())["speakers"]
+    )
+    assert len(corpus.labelled) == 32
+    assert len(corpus.test) == 6
+    assert None not in {u.speaker for u in corpus.test}
+    assert corpus.test_paths == tuple(u.path for u in corpus.test)
+
+
+def test_a_test_without_labels_is_fine(tmp_path):
+    corpus, _ = read_corpus(make_corpus(tmp_path / "d", labels=False))
+    assert [u.speaker for u in corpus.test] == [None] * 6
+
+
+def test_a_wrong_folder_is_refused_with_what_is_needed(tmp_path):
+    words = r"must name the folder with mapping.json, metadata.json and test"
+    with pytest.raises(UserError, match=words):
+        read_corpus(tmp_path)
+    with pytest.raises(UserError, match=words):
+        read_corpus(tmp_path / "nowhere")
+
+
+def test_more_than_ten_classes_keep_their_order(tmp_path):
+    corpus, _ = read_corpus(make_corpus(tmp_path / "d", n_speakers=12))
+    mapping = json.loads((tmp_path / "d" / "mapping.json").read_text())
+    indices = [mapping["speaker2id"][s] for s in corpus.speakers]
+    assert indices == list(range(12))
+
+
+def test_a_test_alone_needs_no_training_data(standard, tmp_path):
+    (standard / "metadata.json").unlink()
+    for path in standard.glob("uttr-[0-9]*"):
+        path.unlink()
+    (standard / "uttr-test-0.pt").write_bytes(b"x")
+    corpus, features = prepare(
+        standard, pack=False, test_only=True, on_bad_file="skip", max_bad_share=1
+    )
+    assert isinstance(features, FeatureFiles)
+    assert (corpus.n_mels, len(corpus.speakers)) == (40, 4)
+    assert not corpus.labelled
+    assert features.paths == [u.path for u in corpus.test]
+    assert len(corpus.test) == 5 and len(corpus.test_paths) == 6
+    with pytest.raises(UserError, match=r"uttr-test-0\.pt: not a readable"):
+        prepare(standard, pack_folder=tmp_path, test_only=True)
+
+
+def test_recordings_become_data_as_the_readme_says(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    for name in ("ann/1", "ann/2", "bob/1", "bob/2"):
+        path = tmp_path / "recordings" / f"{name}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, generator.normal(0, 0.1, 16000), 16000)
+    readme = Path(ml2022hw4_prepare.__file__).with_name("README.md")
+    monkeypatch.chdir(tmp_path)
+    exec(readme.read_text().split("```python\n")[1].split("```")[0], {})
+    corpus, _ = prepare(tmp_path / "data", pack_folder=tmp_path / "packs")
+    assert corpus.speakers == ("ann", "bob")
+    assert [u.speaker for u in corpus.labelled] == ["ann"] * 2 + ["bob"] * 2
 
 
 # --- mutations: functions of the folder -----------------------------------
@@ -223,7 +295,7 @@ JSON_MUTATIONS = {
         NO_JSON,
     ),
     "a list": (write(MAP, b"[]"), MAP, "holds a list"),
-    "null": (write(META, b"null"), META, "holds a NoneType"),
+    "null": (write(META, b"null"), META, "holds null, not an object"),
     "a folder": (
         both(remove(META), lambda d: (d / META).mkdir()),
         META,
@@ -233,7 +305,7 @@ JSON_MUTATIONS = {
         write(MAP, b'{"speaker2id": {}, "speaker2id": {}}'),
         MAP,
         "key 'speaker2id'",
-        "stands there twice",
+        "appears twice",
     ),
     "a speaker twice": (
         lambda d: write(
@@ -241,16 +313,16 @@ JSON_MUTATIONS = {
         )(d),
         META,
         "key 'id00000'",
-        "stands there twice",
+        "appears twice",
     ),
     "no speaker2id": (drop(MAP, "speaker2id"), MAP, "'speaker2id'", "missing"),
     "no id2speaker": (drop(MAP, "id2speaker"), MAP, "'id2speaker'", "missing"),
-    "speaker2id a list": (mapping(speaker2id=[]), MAP, "is a list, not a dict"),
-    "id2speaker null": (mapping(id2speaker=None), MAP, "is a NoneType"),
+    "speaker2id a list": (mapping(speaker2id=[]), MAP, "is a list, not an object"),
+    "id2speaker null": (mapping(id2speaker=None), MAP, "is null, not an obj"),
     "nobody": (mapping(speaker2id={}), MAP, "'speaker2id'", "is empty"),
     "a gap": (numbers(id00000=7), MAP, "'id00000'", "is 7", "from 0 to 3"),
     "below 0": (numbers(id00000=-1), MAP, "'id00000'", "is -1"),
-    "two of one index": (numbers(id00000=1), MAP, "is 1, as that of"),
+    "two of one index": (numbers(id00000=1), MAP, "is 1, like that of"),
     "an index in text": (numbers(id00000="3"), MAP, "'id00000'", "is '3'"),
     "an index with a point": (numbers(id00000=3.0), MAP, "is 3.0"),
     "an index that is true": (numbers(id00002=True), MAP, "is True"),
@@ -275,15 +347,15 @@ JSON_MUTATIONS = {
     ),
     "a speaker without a name": (rename_speaker(""), MAP, "is empty"),
     "no n_mels": (drop(META, "n_mels"), META, "key 'n_mels'", "is missing"),
-    "n_mels in text": (top(META, n_mels="40"), META, "'n_mels'", "is a str"),
-    "n_mels true": (top(META, n_mels=True), META, "'n_mels'", "is a bool"),
+    "n_mels in text": (top(META, n_mels="40"), META, "'n_mels'", "is a string"),
+    "n_mels true": (top(META, n_mels=True), META, "'n_mels'", "is a boolean"),
     "n_mels 0": (both(top(META, n_mels=0)), META, "'n_mels'", "is 0"),
     "n_mels below 0": (top(TEST, n_mels=-40), TEST, "'n_mels'", "is -40"),
     "n_mels huge": (top(META, n_mels=10**9), META, "'n_mels'", "1000000000"),
     "other n_mels": (top(TEST, n_mels=80), TEST, "is 80, but"),
-    "speakers a list": (top(META, speakers=[]), META, "is a list"),
+    "speakers a list": (top(META, speakers=[]), META, "is a list, not an object"),
     "speakers missing": (drop(META, "speakers"), META, "'speakers'", "missing"),
-    "a speaker no list": (speakers(id00000={}), META, "'id00000'", "is a dict"),
+    "a speaker no list": (speakers(id00000={}), META, "'id00000'", "is an object, not"),
     "a speaker without any": (
         speakers(id00000=[]),
         META,
@@ -300,14 +372,14 @@ JSON_MUTATIONS = {
         speakers(id9=[]),
         META,
         "speaker 'id9'",
-        "is missing from mapping.json",
+        "isn't in mapping.json",
     ),
-    "an entry in text": (speakers(id00000=["x"]), META, "'x'", "is no object"),
+    "an entry in text": (speakers(id00000=["x"]), META, "'x'", "is not an object"),
     "an entry of null": (
         edit(TEST, lambda c: c["utterances"].append(None)),
         TEST,
         "None",
-        "is no object",
+        "is not an object",
     ),
     "no utterances": (
         drop(TEST, "utterances"),
@@ -315,14 +387,14 @@ JSON_MUTATIONS = {
         "'utterances'",
         "missing",
     ),
-    "utterances an object": (top(TEST, utterances={}), TEST, "is a dict"),
+    "utterances an object": (top(TEST, utterances={}), TEST, "is an object, not a list"),
     "no path": (
         edit(META, lambda c: first(c).pop("feature_path")),
         META,
         "'id00000': key 'feature_path'",
         "is missing",
     ),
-    "a path of numbers": (entry(feature_path=7), META, "is a int"),
+    "a path of numbers": (entry(feature_path=7), META, "is an integer, not"),
     "no length": (
         edit(META, lambda c: first(c).pop("mel_len")),
         META,
@@ -332,10 +404,10 @@ JSON_MUTATIONS = {
     "negative": (entry(mel_len=-3), META, f"mel_len of '{FILE}'", "is -3"),
     "zero": (heldout(mel_len=0), TEST, "mel_len of 'uttr-test-0.pt'", "is 0"),
     "huge": (entry(mel_len=10**12), META, "is 1000000000000"),
-    "a fraction": (entry(mel_len=30.5), META, "'mel_len'", "is a float"),
-    "not a number": (entry(mel_len=float("nan")), META, "is a float"),
-    "a length in text": (entry(mel_len="30"), META, "'mel_len'", "is a str"),
-    "a length that is true": (heldout(mel_len=True), TEST, "is a bool"),
+    "a fraction": (entry(mel_len=30.5), META, "'mel_len'", "is a decimal number"),
+    "not a number": (entry(mel_len=float("nan")), META, "is a decimal number"),
+    "a length in text": (entry(mel_len="30"), META, "'mel_len'", "is a string"),
+    "a length that is true": (heldout(mel_len=True), TEST, "is a boolean, not"),
     "absolute": (entry(feature_path="/etc/passwd"), META, LEAVES),
     "climbs": (entry(feature_path="a/../../x.pt"), META, LEAVES),
     "climbs in the test": (heldout(feature_path="../x.pt"), TEST, LEAVES),
@@ -374,12 +446,12 @@ JSON_MUTATIONS = {
         top(LABELS, **{"uttr-test-0.pt": "id7"}),
         LABELS,
         "'id7'",
-        "is missing from mapping.json",
+        "isn't in mapping.json",
     ),
     "a label of numbers": (
         top(LABELS, **{"uttr-test-0.pt": 7}),
         LABELS,
-        "is a int",
+        "is an integer, not a string",
     ),
 }
 # What can be skipped: one feature file, always the same one.
@@ -418,10 +490,6 @@ FILE_MUTATIONS = {
 }
 
 
-def test_there_are_enough_of_them():
-    assert len(JSON_MUTATIONS) + len(FILE_MUTATIONS) >= 80
-
-
 def assert_one_line_says(message, file, words):
     lines = [line for line in message.splitlines() if file in line]
     assert any(all(w in line for w in words) for line in lines), message
@@ -429,7 +497,7 @@ def assert_one_line_says(message, file, words):
 
 @pytest.mark.parametrize("name", JSON_MUTATIONS)
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_what_is_wrong_in_the_json_always_stops(data, name, policy):
+def test_an_error_in_the_json_always_stops(data, name, policy):
     mutate, file, *words = JSON_MUTATIONS[name]
     mutate(data)
     with pytest.raises(UserError) as caught:
@@ -465,7 +533,44 @@ def test_the_canary_itself_works(data):
     assert (data.parent / "canary").exists()
 
 
-def test_a_mended_file_is_used_again(data):
+def test_no_feature_file_is_opened_twice(data, monkeypatch):
+    """Bad or good, whatever is wrong, and whatever is to be done about it."""
+    opened = []
+    load_file = feature_file.load_feature_file
+
+    def logged(folder, path, *more):
+        opened.append(path)
+        return load_file(folder, path, *more)
+
+    monkeypatch.setattr(build.sys, "platform", "one process")
+    monkeypatch.setattr(build, "load_feature_file", logged)
+    monkeypatch.setattr(feature_file, "load_feature_file", logged)
+
+    def prepared(**options):
+        opened.clear()
+        try:
+            load(data, **options)
+        except DataError as error:
+            assert options.get("on_bad_file") != "skip", error
+        assert len(set(opened)) == len(opened)
+        return len(opened)
+
+    skip = {"on_bad_file": "skip", "max_bad_share": 0.2}
+    assert prepared() == 20
+    assert prepared() == 0
+    cut(FILE)(data)
+    assert prepared() == 20
+    assert prepared() == prepared(**skip) == 1
+    assert prepared(pack=False, **skip) == 20
+    remove("uttr-1-1.pt")(data)
+    assert prepared() == 19
+    assert prepared(**skip) == 19
+    assert prepared(**skip) == 1
+    mapping(speaker2id={})(data)
+    assert prepared() == 19
+
+
+def test_a_fixed_file_is_used_again(data):
     before = (data / FILE).read_bytes()
     cut(FILE)(data)
     load(data, on_bad_file="skip", max_bad_share=0.1)
@@ -475,7 +580,7 @@ def test_a_mended_file_is_used_again(data):
     assert FILE in pack.row
 
 
-def test_all_problems_are_said_at_once(data):
+def test_all_problems_are_reported_at_once(data):
     numbers(id00000=9)(data)
     entry(mel_len=-1)(data)
     heldout(feature_path="../x.pt")(data)
@@ -525,20 +630,32 @@ def test_a_pack_of_nothing_is_not_tried(data):
 def test_nobody_is_skipped_whole(data):
     for number in range(4):
         cut(f"uttr-2-{number}.pt")(data)
-    with pytest.raises(UserError, match=r"'id00002' .* has no utterance"):
+    with pytest.raises(UserError, match=r"'id00002' has no utterance left"):
         load(data, on_bad_file="skip", max_bad_share=0.5)
+
+
+def guesses(corpus, speaker):
+    """What a submission needs of an evaluation: the same guess for all."""
+    names = np.array([utterance.path for utterance in corpus.test])
+    return SimpleNamespace(id=names, guess=np.full(len(names), speaker))
+
+
+def test_the_submission_keeps_odd_names_whole(data, tmp_path):
+    rename_speaker('a "comma", too')(data)
+    corpus, _ = load(data)
+    speaker = corpus.speakers.index('a "comma", too')
+    write_submission(corpus, guesses(corpus, speaker), tmp_path / "s.csv")
+    with open(tmp_path / "s.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[1] == [corpus.test[0].path, 'a "comma", too']
 
 
 def test_a_skipped_test_utterance_still_has_its_row(data, tmp_path, caplog):
     cut("uttr-test-1.pt")(data)
-    remove("uttr-3-3.pt")(data)
-    options = {"on_bad_file": "skip", "max_bad_share": 0.1}
-    remove("uttr-0-1.pt")(data)
-    remove("uttr-1-1.pt")(data)
-    options["max_bad_share"] = 0.2
-    corpus, _ = load(data, **options)
-    scores = {u.path: Score(3, -1, 0.0) for u in corpus.test}
-    write_submission(corpus, scores, tmp_path / "s.csv")
+    for name in ("uttr-3-3.pt", "uttr-0-1.pt", "uttr-1-1.pt"):
+        remove(name)(data)
+    corpus, _ = load(data, on_bad_file="skip", max_bad_share=0.2)
+    write_submission(corpus, guesses(corpus, 3), tmp_path / "s.csv")
     rows = (tmp_path / "s.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == [
         f"uttr-test-{n}.pt" for n in range(4)
@@ -549,7 +666,7 @@ def test_a_skipped_test_utterance_still_has_its_row(data, tmp_path, caplog):
     assert "1 test utterances could not be read" in caplog.text
 
 
-def test_copies_under_other_names_are_said(data, caplog):
+def test_copies_under_other_names_are_reported(data, caplog):
     shutil.copy(data / FILE, data / "uttr-test-0.pt")
     length = len(torch.load(data / FILE))
     heldout(mel_len=length)(data)
@@ -580,7 +697,7 @@ def test_links_inside_the_folder_are_fine(data):
 )
 def test_a_wrong_policy_is_refused(data, arguments):
     with pytest.raises((UserError, SystemExit)):
-        prepare.main([str(data), *arguments])
+        ml2022hw4_prepare.main([str(data), *arguments])
 
 
 # --- the fuzzer -----------------------------------------------------------
@@ -712,14 +829,8 @@ def test_any_bytes_are_refused_in_words_or_consistent(tiny, name, data):
 def test_the_command_ends_with_a_table_and_no_traceback(data):
     code(torch.save)(data)
     cut("uttr-1-1.pt")(data)
-    arguments = [str(data), f"--pack_folder={data.parent / 'packs'}"]
-    done = subprocess.run(
-        [sys.executable, "recipes/ML2022hw4/prepare.py", *arguments],
-        check=False,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    arguments = [data, f"--pack_folder={data.parent / 'packs'}"]
+    done = run("ml2022hw4_prepare", arguments)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     for file in (FILE, "uttr-1-1.pt"):
@@ -731,7 +842,7 @@ def test_the_command_lists_what_it_skips(data, capsys):
     cut(FILE)(data)
     packs = f"--pack_folder={data.parent / 'packs'}"
     options = ["--on_bad_file=skip", "--max_bad_share=0.1"]
-    prepare.main([str(data), packs, *options])
+    ml2022hw4_prepare.main([str(data), packs, *options])
     said = capsys.readouterr().out
     assert_one_line_says(said, FILE, ["not a readable"])
     assert "15 labelled and 4 test utterances" in said

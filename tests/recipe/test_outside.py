@@ -3,19 +3,21 @@
 import subprocess
 import sys
 
+import pytest
+
 YAML = """
-encoder: !new:spkid.models.conformer.ConformerEncoder
+encoder: !new:spkid.models.ConformerEncoder
     input_size: 80
     d_model: 32
     n_layers: 1
     n_heads: 2
     d_ff: 64
-pooling: !new:spkid.models.pooling.SelfAttentivePooling
+pooling: !new:spkid.models.SelfAttentivePooling
     input_size: 32
-embedding_model: !new:spkid.models.embedding.SpeakerEmbedding
+embedding_model: !new:spkid.models.SpeakerEmbedding
     encoder: !ref <encoder>
     pooling: !ref <pooling>
-classifier: !new:spkid.models.margin.AMSoftmax
+classifier: !new:spkid.models.AMSoftmax
     input_size: 32
     n_speakers: 3
     margin: 0.3
@@ -54,6 +56,7 @@ brain.fit(range(30), loader, progressbar=False)
 """
 
 
+@pytest.mark.slow
 def test_the_modules_learn_in_a_plain_speechbrain_recipe(tmp_path):
     (tmp_path / "theirs.yaml").write_text(YAML)
     (tmp_path / "recipe.py").write_text(RECIPE)

@@ -1,0 +1,104 @@
+"""The keys of a YAML file: what each may be, and when it may change."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from spkid.data import DTYPES, POLICIES, SAMPLERS
+from spkid.errors import UserError
+from spkid.evaluation import EVALUATIONS
+from spkid.features import NORMALIZATIONS
+from spkid.sessions import SOURCES, SPLITS
+
+FIXED, FREE, SCORING = "fixed", "free", "scoring"
+TEXT, FLAG, OBJECT = "a text", "True or False", "an object"
+HUGE = 2**31 - 1
+
+
+class Range(NamedTuple):
+    """From low to high; whole numbers if both are."""
+
+    low: float
+    high: float
+    open: bool = False  # whether the ends themselves are left out
+
+    def check(self, value: Any, key: str) -> None:
+        """Raises UserError unless the value is a number in this range."""
+        whole = isinstance(self.low, int)
+        kinds: tuple[type, ...] = (int,) if whole else (int, float)
+        if type(value) not in kinds:  # True is no number
+            raise UserError(
+                f"{key}={value} must be {'a whole' if whole else 'a'} number."
+            )
+        inside = self.low <= value <= self.high
+        if self.open:
+            inside = self.low < value < self.high
+        if not inside:
+            ends = "()" if self.open else "[]"
+            raise UserError(
+                f"{key}={value} must lie in {ends[0]}{self.low}, "
+                f"{self.high}{ends[1]}."
+            )
+
+
+class Key(NamedTuple):
+    """What a key may be, and whether a resumed run may change it."""
+
+    allowed: Range | tuple | str
+    change: str = FIXED
+
+
+COUNT, SHARE = Range(1, HUGE), Range(0.0, 1.0)
+# FREE: moves no number, a resumed run may change it. SCORING: changes how
+# utterances are scored, and nothing that is trained: --test_only may change it.
+KEYS = {
+    "seed": Key(Range(0, 2**32 - 1)),
+    "data_folder": Key(TEXT, FREE),
+    "pack_folder": Key(TEXT, FREE),
+    "output_folder": Key(TEXT, FREE),
+    "save_folder": Key(TEXT, FREE),
+    "manifest_folder": Key(TEXT, FREE),
+    "train_log": Key(TEXT, FREE),
+    "pack": Key(FLAG),
+    "pack_dtype": Key(DTYPES),
+    "pack_on_device": Key(FLAG, FREE),
+    "on_bad_file": Key(POLICIES, FREE),
+    "max_bad_share": Key(SHARE, FREE),
+    "split": Key(SPLITS),
+    "sessions": Key(SOURCES),
+    "valid_fraction": Key(Range(0.0, 1.0, open=True)),
+    "known_fraction": Key(SHARE),
+    "n_folds": Key(Range(2, HUGE)),
+    "fold": Key(Range(0, HUGE)),
+    "final_fit": Key(FLAG, FREE),
+    "number_of_epochs": Key(COUNT),
+    "batch_size": Key(Range(2, HUGE)),
+    "segment_frames": Key(COUNT),
+    "sampler": Key(SAMPLERS),
+    "bucket_batches": Key(COUNT),
+    "lr": Key(Range(0.0, 1e3)),
+    "weight_decay": Key(Range(0.0, 1e3)),
+    "label_smoothing": Key(SHARE),
+    "nonfinite_patience": Key(Range(0, HUGE), FREE),
+    "ckpt_interval_minutes": Key(Range(0.0, 1e9), FREE),
+    "num_workers": Key(Range(0, 1024), FREE),
+    "normalization": Key(NORMALIZATIONS),
+    "max_frames_per_batch": Key(COUNT, FREE),
+    "equal_length_batches": Key(FLAG, SCORING),
+    "evaluation": Key(EVALUATIONS, SCORING),
+    "window_frames": Key(COUNT, SCORING),
+    "window_hop": Key(COUNT, SCORING),
+    "average_checkpoints": Key(COUNT, SCORING),
+    "d_model": Key(COUNT),
+    "n_layers": Key(COUNT),
+    "n_heads": Key(COUNT),
+    "d_ff": Key(COUNT),
+    "kernel_size": Key(COUNT),
+    "dropout": Key(SHARE),
+    "embedding_size": Key(COUNT),
+    "use_tensorboard": Key(FLAG, FREE),
+    "train_logger": Key(OBJECT, FREE),
+    "tensorboard_logger": Key(OBJECT, FREE),
+    "checkpointer": Key(OBJECT, FREE),
+}
+DECIDED_BY_DATA = ("n_speakers", "n_mels")
