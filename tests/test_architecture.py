@@ -50,6 +50,8 @@ def import_everything_again():
             del sys.modules[name]
     sys.dont_write_bytecode = True
     sys.addaudithook(refuse_writing)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(987654321)  # which nobody else would choose
     states = random_states()
     for file in FILES:
         importlib.import_module(file)

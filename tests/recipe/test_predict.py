@@ -56,7 +56,7 @@ def test_the_identifier_says_what_the_run_said(data, finished):
     # One by one, without a store.
     for utterance in corpus.test[:3]:
         mel = torch.load(data / utterance.path, weights_only=True)[None]
-        row = tested.row[utterance.path]
+        row = tested.id.tolist().index(utterance.path)
         guess = identifier.classify(mel).argmax(-1).item()
         assert guess == tested.guess[row]
 

@@ -22,7 +22,7 @@ def unpacked(tmp_path_factory):
 
 
 CHOICES = [
-    (["--valid_fraction", "0"], "valid_fraction=0 must be a number"),
+    (["--valid_fraction", "0"], "valid_fraction=0 must lie in (0.0, 1.0)"),
     (["--valid_fraction=0.0"], "valid_fraction=0.0 must lie in (0.0, 1.0)"),
     (["--split", "sesion"], "split='sesion' must be session, folds, random or"),
     (["--window_hop", "900"], "window_hop=900 must be at most window_frames="),
@@ -92,7 +92,7 @@ DATA_MISTAKES = {
             d / "metadata.json",
             lambda c: c["speakers"].update(id9=[]),
         ),
-        "speaker 'id9' is missing from mapping.json",
+        "speaker 'id9' isn't in mapping.json",
     ),
     "a mel_len that lies": (
         lambda d: edit(

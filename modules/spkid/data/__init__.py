@@ -1,0 +1,44 @@
+"""A corpus, its features on the disk, and batches of them."""
+
+from spkid.data.batches import (
+    LengthBatches,
+    ShuffledBatches,
+    crop_starts,
+)
+from spkid.data.build import DTYPES, open_features
+from spkid.data.corpus import POLICIES, Corpus, Utterance, leave_out, manifest
+from spkid.data.dataset import (
+    SAMPLERS,
+    FeatureDataset,
+    eval_loader,
+    label_encoder,
+    train_loader,
+)
+from spkid.data.feature_file import (
+    FeatureFiles,
+    check_feature_files,
+    load_feature_file,
+)
+from spkid.data.pack import PackedFeatures
+
+__all__ = [
+    "Corpus",
+    "DTYPES",
+    "FeatureDataset",
+    "FeatureFiles",
+    "LengthBatches",
+    "POLICIES",
+    "PackedFeatures",
+    "SAMPLERS",
+    "ShuffledBatches",
+    "Utterance",
+    "check_feature_files",
+    "crop_starts",
+    "eval_loader",
+    "label_encoder",
+    "leave_out",
+    "load_feature_file",
+    "manifest",
+    "open_features",
+    "train_loader",
+]
