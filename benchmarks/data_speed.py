@@ -348,7 +348,7 @@ def start_training(args: Arguments) -> dict:
     pack = open_pack(corpus, args.packs)
     lap("pack")
     loader = pack_loader(corpus, pack, args.workers)
-    lap("dataset and loader")
+    lap("datasets and loaders")
     batches = iter(loader)
     next(batches)
     lap("first batch")

@@ -282,20 +282,20 @@ def main(arguments: list[str]) -> None:
     add("study", choices=STUDIES, help="what to measure")
     add("runs", nargs="*", type=Path, metavar="RUN", help="a finished run")
     add("--data_folder", nargs="+", type=Path, default=[], metavar="DIR")
-    add("--pack_folder", type=Path, help="default: data/packs of this project")
+    add("--pack_folder", type=Path, help="default: the run's, or data/packs")
     place = ROOT / "results" / "study"
     add("--folder", type=Path, default=place, help="default: results/study")
     kinds = ("session", "random")
     add("--split", nargs="+", default=kinds[:1], choices=kinds)
     kinds = ("auto", "inferred")
     add("--sessions", default=kinds[0], choices=kinds)
-    add("--variants", nargs="+", help="names of some variants; default: all")
+    add("--variants", nargs="+", help="which to train; default: all")
     add("--seeds", type=int, default=3, help="1 to this number; default: 3")
     add("--epochs", type=int, default=8, help="of each training; default: 8")
     add("--precision", default="fp32", help="of training; default: fp32")
     jobs = os.cpu_count() or 1
     add("--jobs", type=int, default=jobs, help="runs at a time; default: cores")
-    most = "most utterances of a part, crops and padding; default: 1000"
+    most = "of a part at most, in crops and padding; default: 1000"
     add("--utterances", type=int, default=1000, help=most)
     args = parser.parse_args(arguments)
     of_runs = args.study in ("crops", "padding")

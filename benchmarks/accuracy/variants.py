@@ -155,16 +155,22 @@ def _slug(args, changes):
     return re.sub(r"[^\w=.]+", "-", "-".join(words)).strip("-")
 
 
-def _train(args, threads, data, changes, split, seed, output):
-    """One run, in a process of its own."""
+def system_text(replacements: dict[str, str]) -> str:
+    """The default system's YAML text with some parts replaced."""
     text = SYSTEM.read_text(encoding="utf-8")
-    changes = {"number_of_epochs": args.epochs, **SMALL, **changes}
-    for old, new in changes.pop("text", {}).items():
+    for old, new in replacements.items():
         if old not in text:
             raise UserError(
                 f"{SYSTEM}: {old.strip()!r} is missing; restore it."
             )
         text = text.replace(old, new)
+    return text
+
+
+def _train(args, threads, data, changes, split, seed, output):
+    """One run, in a process of its own."""
+    changes = {"number_of_epochs": args.epochs, **SMALL, **changes}
+    text = system_text(changes.pop("text", {}))
     system = _beside(output, "yaml")
     save_atomically(text, system)
     options = {

@@ -242,9 +242,9 @@ class _Reader:
                 if stat.S_ISLNK(info.st_mode):
                     real = os.path.realpath(real)
                     info = os.stat(real)
+                size = info.st_size if stat.S_ISREG(info.st_mode) else None
             except OSError:
-                info = None
-            regular = info is not None and stat.S_ISREG(info.st_mode)
+                size = None
             entry = f"feature_path {_short(utterance.path)}"
             if os.path.commonpath((root, real)) != root:
                 what = "is a link that leaves the data folder"
@@ -257,10 +257,10 @@ class _Reader:
                 if path != utterance.path:
                     what += f", once as {_short(path)}"
                 self.wrong(listed, entry, what, "keep one")
-            elif regular and info.st_size:
+            elif size:
                 there.append(utterance)
             else:
-                what = "has no bytes" if regular else "is missing"
+                what = "is missing" if size is None else "has no bytes"
                 what = f"the feature file {what}"
                 cure = "download it again, or remove its entry"
                 self.bad.append(Problem(utterance.path, "", what, cure))
@@ -392,7 +392,7 @@ def main(arguments: list[str]) -> None:
         f"{corpus.folder} is valid: {len(corpus.speakers)} speakers, "
         f"{len(corpus.labelled)} labelled and {len(corpus.test)} test "
         f"utterances, {features.lengths.sum() / 360_000:.1f} hours.\n"
-        f"The pack is {features.file}"
+        f"The pack is {features.file}."
     )
 
 

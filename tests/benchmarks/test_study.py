@@ -19,6 +19,7 @@ from variants import COLUMNS, accuracies
 
 from spkid.errors import UserError
 from spkid.evaluation import Evaluation
+from spkid.hparams import Settings
 from spkid.sessions import Sessions
 
 CHOSEN = ["small", "narrow", "mean pooling"]
@@ -115,6 +116,18 @@ def test_sessions_inferred_ignores_those_of_the_data_folder(place, tmp_path):
         source = json.loads(report)["sessions"]
         assert source.startswith("inferred") == inferred
         assert ("sessions.json" in source) != inferred
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_each_variant_is_a_valid_system(name, tmp_path):
+    changes = {**variants.SMALL, **variants.VARIANTS[name]}
+    text = variants.system_text(changes.pop("text", {}))
+    (tmp_path / "system.yaml").write_text(text)
+    settings = Settings(tmp_path / "system.yaml", changes)
+    settings.check()
+    preprocess = settings.build(["preprocess"])["preprocess"]
+    augmented = preprocess.channel is not None, preprocess.masking is not None
+    assert augmented == ((name == "augmented"),) * 2
 
 
 def test_finished_runs_are_not_repeated(place):

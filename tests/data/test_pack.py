@@ -41,12 +41,12 @@ def test_a_part_at_the_packs_end_is_padded(files, tmp_path):
 def test_a_pack_that_is_cut_off_is_refused(files, tmp_path):
     pack, _ = features_of(files, tmp_path)
     pack.file.write_bytes(pack.file.read_bytes()[:-2])
-    with pytest.raises(UserError, match="bytes, not .* to have it rebuilt"):
+    with pytest.raises(UserError, match=r"bytes, not .* to have it rebuilt"):
         PackedFeatures(pack.file.parent)
     with pytest.raises(UserError, match="bytes, not"):
         features_of(files, tmp_path)
     (pack.file.parent / "index.npz").write_bytes(b"rubbish")
-    with pytest.raises(UserError, match="not a readable pack .* rebuilt"):
+    with pytest.raises(UserError, match=r"not a readable pack .* rebuilt"):
         features_of(files, tmp_path)
 
 

@@ -84,8 +84,8 @@ def test_what_was_saved_is_loaded(tmp_path, system):
     with torch.no_grad():
         assert torch.equal(after(x), before(x))
         embeddings = after.embed(x)
-    assert embeddings.shape[:2] == (2, 1)
         sums = after.classify(x).exp().sum(-1)
+    assert embeddings.shape[:2] == (2, 1)
     assert sums.flatten().tolist() == pytest.approx([1.0] * 2, abs=1e-5)
 
 

@@ -55,7 +55,8 @@ def test_bfloat16_autocast_gives_finite_close_embeddings():
 
 @pytest.mark.parametrize("position", ["none", "rope", "relative"])
 @pytest.mark.parametrize("conv_norm", ["layer", "batch"])
-def test_a_bfloat16_training_step_is_finite(position, conv_norm):
+@pytest.mark.parametrize("window", [None, 2])
+def test_a_bfloat16_training_step_is_finite(position, conv_norm, window):
     encoder = ConformerEncoder(
         40,
         D,
@@ -64,6 +65,7 @@ def test_a_bfloat16_training_step_is_finite(position, conv_norm):
         48,
         dropout=0.1,
         position=position,
+        window=window,
         conv_norm=conv_norm,
         subsampling=2,
         aggregate=True,

@@ -14,6 +14,6 @@ def data(tmp_path_factory):
 def finished(data, tmp_path_factory):
     """An undisturbed run: its output folder, and what it printed."""
     output = tmp_path_factory.mktemp("run") / "out"
-    done = run_train(data, output)
+    done = run_train(data, output, report=True)
     assert done.returncode == 0, done.stderr
     return output, done

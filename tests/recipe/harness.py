@@ -73,7 +73,7 @@ def run(
     folder: Path = ROOT,
     real: bool = False,
     environment: dict | None = None,
-    **faults,
+    **more,
 ) -> CompletedProcess:
     """Runs a command; gives its exit code and what it printed.
 
@@ -89,9 +89,10 @@ def run(
         As a user would, with ``python PROGRAM.py``.
     environment : dict, optional
         More variables.
-    **faults
+    **more
         ``fate`` and ``do``: something that happens at a call of a function,
-        as in :func:`chaos.at`.
+        as in :func:`chaos.at`. ``report``: whether a forked run draws its
+        report, which takes a second.
     """
     arguments = list(map(str, arguments))
     if real:
@@ -106,14 +107,21 @@ def run(
             text=True,
             timeout=TIMEOUT,
         )
-    return start(program, arguments, folder, environment, **faults).wait()
+    return start(program, arguments, folder, environment, **more).wait()
 
 
 def start(
-    program, arguments, folder=ROOT, environment=None, fate=None, do=None
+    program,
+    arguments,
+    folder=ROOT,
+    environment=None,
+    fate=None,
+    do=None,
+    report=False,
 ) -> Running:
     """Begins a run in a forked process; arguments as in :func:`run`."""
-    return Running(_command, program, arguments, folder, environment, fate, do)
+    place, faults = (folder, environment or {}), (fate, do)
+    return Running(_command, program, arguments, place, faults, report)
 
 
 class Running:
@@ -190,20 +198,25 @@ def _child(place, function, *arguments):
     function(*arguments)
 
 
-def _command(program, arguments, folder, environment, fate, do):
+def _command(program, arguments, place, faults, report):
     """What ``python PROGRAM.py`` does after its imports."""
     import chaos
     import speechbrain as sb
 
+    import spkid.evaluation.report
     from spkid.errors import run_command
 
+    folder, environment = place
     os.chdir(folder)
-    os.environ.update(environment or {})
-    sb.core.get_environment_description = str  # asks pip, for a second
-    sys.argv = [f"{program}.py", *arguments]
+    os.environ.update(environment)
+    sb.utils.logger.get_environment_description = str  # asks pip
+    if not report:
+        spkid.evaluation.report.write_report = lambda folder: folder / "none"
+    fate, do = faults
     if fate:
         act, count, after = fate
         chaos.at(act, count, do or chaos.die, after)
+    sys.argv = [f"{program}.py", *arguments]
     run_command(importlib.import_module(program).main)
 
 

@@ -25,6 +25,7 @@ def corpus(tmp_path_factory):
     return mini_corpus.build(folder, progress=False, **SIZES)
 
 
+@pytest.mark.slow
 def test_same_seed_gives_same_bytes(corpus, tmp_path):
     again = mini_corpus.build(tmp_path / "again", progress=False, **SIZES)
     names = sorted(path.name for path in corpus.iterdir())
@@ -34,6 +35,7 @@ def test_same_seed_gives_same_bytes(corpus, tmp_path):
     assert not list(tmp_path.glob("again.part*"))
 
 
+@pytest.mark.slow
 def test_form_is_that_of_hw4(corpus):
     mapping = read_json(corpus, "mapping.json")
     metadata = read_json(corpus, "metadata.json")
@@ -65,6 +67,7 @@ def test_form_is_that_of_hw4(corpus):
     assert len(paths) == len(entries)
 
 
+@pytest.mark.slow
 def test_orders_are_those_of_hw4(corpus):
     mapping = read_json(corpus, "mapping.json")
     speakers = read_json(corpus, "metadata.json")["speakers"]
@@ -81,6 +84,7 @@ def test_orders_are_those_of_hw4(corpus):
     assert {sessions[path] for path in labels} == {f"{s}/2" for s in speakers}
 
 
+@pytest.mark.slow
 def test_sessions_differ_in_channel(corpus):
     """Means of one session are closer than those of a speaker's two."""
     sessions = read_json(corpus, "sessions.json")
@@ -99,6 +103,7 @@ def test_sessions_differ_in_channel(corpus):
     assert sum(across) / len(across) > 1.5 * sum(within) / len(within)
 
 
+@pytest.mark.slow
 def test_complete_folder_is_left_alone(corpus):
     before = {path: path.stat().st_mtime_ns for path in corpus.iterdir()}
     assert mini_corpus.build(corpus, seed=1) == corpus

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import ml2022hw4_prepare
 import numpy as np
 import pytest
 import soundfile
@@ -17,9 +16,10 @@ from corpus import make_corpus
 from harness import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import ml2022hw4_prepare
 from ml2022hw4_prepare import prepare, read_corpus
 from predict import write_submission
-
 from spkid.data import FeatureFiles, Utterance, build, feature_file
 from spkid.errors import DataError, UserError
 
@@ -91,7 +91,11 @@ def test_a_test_alone_needs_no_training_data(standard, tmp_path):
         path.unlink()
     (standard / "uttr-test-0.pt").write_bytes(b"x")
     corpus, features = prepare(
-        standard, pack=False, test_only=True, on_bad_file="skip", max_bad_share=1
+        standard,
+        pack=False,
+        test_only=True,
+        on_bad_file="skip",
+        max_bad_share=1,
     )
     assert isinstance(features, FeatureFiles)
     assert (corpus.n_mels, len(corpus.speakers)) == (40, 4)
@@ -317,7 +321,11 @@ JSON_MUTATIONS = {
     ),
     "no speaker2id": (drop(MAP, "speaker2id"), MAP, "'speaker2id'", "missing"),
     "no id2speaker": (drop(MAP, "id2speaker"), MAP, "'id2speaker'", "missing"),
-    "speaker2id a list": (mapping(speaker2id=[]), MAP, "is a list, not an object"),
+    "speaker2id a list": (
+        mapping(speaker2id=[]),
+        MAP,
+        "is a list, not an object",
+    ),
     "id2speaker null": (mapping(id2speaker=None), MAP, "is null, not an obj"),
     "nobody": (mapping(speaker2id={}), MAP, "'speaker2id'", "is empty"),
     "a gap": (numbers(id00000=7), MAP, "'id00000'", "is 7", "from 0 to 3"),
@@ -353,9 +361,18 @@ JSON_MUTATIONS = {
     "n_mels below 0": (top(TEST, n_mels=-40), TEST, "'n_mels'", "is -40"),
     "n_mels huge": (top(META, n_mels=10**9), META, "'n_mels'", "1000000000"),
     "other n_mels": (top(TEST, n_mels=80), TEST, "is 80, but"),
-    "speakers a list": (top(META, speakers=[]), META, "is a list, not an object"),
+    "speakers a list": (
+        top(META, speakers=[]),
+        META,
+        "is a list, not an object",
+    ),
     "speakers missing": (drop(META, "speakers"), META, "'speakers'", "missing"),
-    "a speaker no list": (speakers(id00000={}), META, "'id00000'", "is an object, not"),
+    "a speaker no list": (
+        speakers(id00000={}),
+        META,
+        "'id00000'",
+        "is an object, not",
+    ),
     "a speaker without any": (
         speakers(id00000=[]),
         META,
@@ -374,7 +391,12 @@ JSON_MUTATIONS = {
         "speaker 'id9'",
         "isn't in mapping.json",
     ),
-    "an entry in text": (speakers(id00000=["x"]), META, "'x'", "is not an object"),
+    "an entry in text": (
+        speakers(id00000=["x"]),
+        META,
+        "'x'",
+        "is not an object",
+    ),
     "an entry of null": (
         edit(TEST, lambda c: c["utterances"].append(None)),
         TEST,
@@ -387,7 +409,11 @@ JSON_MUTATIONS = {
         "'utterances'",
         "missing",
     ),
-    "utterances an object": (top(TEST, utterances={}), TEST, "is an object, not a list"),
+    "utterances an object": (
+        top(TEST, utterances={}),
+        TEST,
+        "is an object, not a list",
+    ),
     "no path": (
         edit(META, lambda c: first(c).pop("feature_path")),
         META,
@@ -404,7 +430,12 @@ JSON_MUTATIONS = {
     "negative": (entry(mel_len=-3), META, f"mel_len of '{FILE}'", "is -3"),
     "zero": (heldout(mel_len=0), TEST, "mel_len of 'uttr-test-0.pt'", "is 0"),
     "huge": (entry(mel_len=10**12), META, "is 1000000000000"),
-    "a fraction": (entry(mel_len=30.5), META, "'mel_len'", "is a decimal number"),
+    "a fraction": (
+        entry(mel_len=30.5),
+        META,
+        "'mel_len'",
+        "is a decimal number",
+    ),
     "not a number": (entry(mel_len=float("nan")), META, "is a decimal number"),
     "a length in text": (entry(mel_len="30"), META, "'mel_len'", "is a string"),
     "a length that is true": (heldout(mel_len=True), TEST, "is a boolean, not"),

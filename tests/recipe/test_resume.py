@@ -103,9 +103,9 @@ def calm(data, tmp_path_factory):
 @pytest.mark.parametrize(
     ("fate", "words"),
     [
-        (("saving", 20, False), "a checkpoint could not be saved"),
-        (("logging", 2, False), "train_log.txt: could not be written"),
-        (("submission", 1, False), "submission.csv: could not be written"),
+        (("saving", 20, False), "a checkpoint could not be saved ("),
+        (("logging", 2, False), "train_log.txt: could not be written (No sp"),
+        (("submission", 1, False), "submission.csv: could not be written (No"),
     ],
     ids=["checkpoint", "log", "submission"],
 )
@@ -113,11 +113,11 @@ def test_a_full_disk_loses_nothing(data, calm, disk, fate, words):
     output, do = disk / "out", functools.partial(fill, disk)
     packs = f"--pack_folder={data.parent / 'packs'}"
     done = go(data, output, packs, fate=fate, do=do)
-    assert words in done.stdout + done.stderr
-    assert "No space left" in done.stderr
+    said = done.stdout + done.stderr  # loggers may write to either
+    assert words in said
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("Error: ")
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in said
     assert not (output / "results.json").exists()
     assert list((output / "save").glob("CKPT*"))
     (disk / "filler").unlink()
@@ -149,6 +149,7 @@ def test_a_run_goes_on_without_bad_files_and_lists_them(data, tmp_path):
     rows = (output / "submission.csv").read_text().splitlines()[1:]
     assert len(rows) == 6
     assert rows[4].startswith("uttr-test-4.pt,id0")
-    assert "1 test utterances could not be read" in done.stderr
+    said = done.stdout + done.stderr
+    assert "1 test utterances could not be read" in said
     manifests = [p.read_text() for p in (output / "manifests").iterdir()]
     assert not any("uttr-2-3.pt" in text for text in manifests)

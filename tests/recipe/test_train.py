@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 from corpus import make_corpus
@@ -56,22 +57,19 @@ def test_the_submission_has_testdatas_order_and_names(data, finished):
     assert right == pytest.approx(results(finished[0])["test"]["accuracy"])
 
 
-def test_a_finished_run_given_again_only_repeats_its_results(data, finished):
-    before = weights(finished[0]), results(finished[0])
-    done = run_train(data, finished[0])
-    assert done.returncode == 0, done.stderr
-    assert "Going into epoch" not in done.stderr
-    assert same(before[0], weights(finished[0]))
-    assert results(finished[0])["test"] == before[1]["test"]
-
-
-def test_test_only_repeats_the_results(data, finished):
-    before = results(finished[0])
-    done = run_train(data, finished[0], "--test_only")
-    assert done.returncode == 0, done.stderr
-    after = results(finished[0])
-    assert after["test"] == before["test"]
-    assert after["epochs"] == 4
+def test_a_finished_run_given_again_only_repeats_its_results(
+    data, finished, tmp_path
+):
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    before = weights(output), results(output)
+    for more in (["--test_only"], []):
+        done = run_train(data, output, *more, report=True)
+        assert done.returncode == 0, done.stderr
+        assert "Going into epoch" not in done.stdout + done.stderr
+        assert same(before[0], weights(output))
+        after = results(output)
+        assert after["test"] == before[1]["test"]
+        assert after["epochs"] == 4
 
 
 @pytest.mark.slow
@@ -92,7 +90,7 @@ def test_how_features_are_read_changes_no_bit(
 def test_a_final_fit_trains_on_all_for_as_many_steps(data, tmp_path):
     output = tmp_path / "out"
     more = ("--final_fit=True", "--known_fraction=0.15")
-    done = run_train(data, output, *more)
+    done = run_train(data, output, *more, report=True)
     assert done.returncode == 0, done.stderr
     first, final = results(output), results(output / "final")
     assert {"valid", "known", "gap", "test"} <= first.keys()

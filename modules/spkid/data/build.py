@@ -101,7 +101,7 @@ def open_features(
     place = os.path.realpath(folder)
     name = hashlib.blake2b(place.encode(), digest_size=4).hexdigest()
     target = Path(pack_folder, f"{os.path.basename(place)}-{name}")
-    stamps = f"{file_stamps(folder, utterances)}-{n_mels}"
+    stamps = f"{_stamps(folder, utterances)}-{n_mels}"
     if (target / INDEX).exists():
         old = PackedFeatures(target)
         if (old.stamps, old.dtype) == (stamps, pack_dtype):
@@ -113,19 +113,8 @@ def open_features(
     return _build(target, corpus, stamps, pack_dtype, progress)
 
 
-def file_stamps(folder: Path, utterances: Sequence[Utterance]) -> str:
-    """A digest of the files' names, frames, sizes and times of change.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits.
-
-    Example
-    -------
-    >>> file_stamps(Path("."), [])
-    'cae66941d9efbd404e4d88758ea67670'
-    """
+def _stamps(folder: Path, utterances: Sequence[Utterance]) -> str:
+    """A digest of the files' names, frames, sizes and times of change."""
     digest = hashlib.blake2b(digest_size=16)
     for utterance in utterances:
         path, length = utterance.path, utterance.length
@@ -231,13 +220,7 @@ def _write_frames(
     return {key: values[good] for key, values in index.items()}, problems
 
 
-def _pack_chunk(
-    descriptor: int,
-    folder: Path,
-    n_mels: int,
-    dtype: str,
-    chunk: tuple[int, Sequence[Utterance]],
-) -> tuple[np.ndarray, np.ndarray, list[Problem]]:
+def _pack_chunk(descriptor, folder, n_mels, dtype, chunk):
     """Writes the frames of some files from a frame of the pack on; their
     moments and checksums, and the problems of bad files."""
     place, items = chunk

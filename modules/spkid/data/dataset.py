@@ -77,13 +77,12 @@ class FeatureDataset(DynamicItemDataset):
     Example
     -------
     >>> from spkid.data import Utterance, manifest
-    >>> folder = getfixture("tmp_path")
+    >>> folder, utterances = getfixture("tmp_path"), [Utterance("a.pt", 3)]
     >>> torch.save(torch.ones(3, 40), folder / "a.pt")
-    >>> utterances = [Utterance("a.pt", 3, "ann")]
-    >>> dataset = FeatureDataset(manifest(utterances), FeatureFiles(
-    ...     folder, utterances, n_mels=40), label_encoder(["ann"]))
+    >>> files = FeatureFiles(folder, utterances, n_mels=40)
+    >>> dataset = FeatureDataset(manifest(utterances), files, label_encoder([]))
     >>> dataset[0]["feats"].shape, dataset[0]["target"]
-    (torch.Size([3, 40]), tensor([0]))
+    (torch.Size([3, 40]), tensor([-1]))
     """
 
     def __init__(
@@ -125,10 +124,6 @@ class FeatureDataset(DynamicItemDataset):
             [self._target(entry["spk_id"]) for entry in entries]
         )
 
-    def counts(self, lengths: np.ndarray) -> np.ndarray:
-        """Frames of the items of utterances with so many frames [n]."""
-        return np.minimum(lengths, self.segment or lengths)
-
     def _target(self, speaker: str | None) -> torch.Tensor:
         known = speaker is not None
         return torch.tensor(
@@ -143,7 +138,7 @@ class FeatureDataset(DynamicItemDataset):
             return np.zeros_like(lengths), lengths
         epoch = self.counter.current
         starts = crop_starts(self.seed, epoch, keys, lengths, self.segment)
-        return starts, self.counts(lengths)
+        return starts, np.minimum(lengths, self.segment)
 
     def _read(self, name: str, length: int) -> Iterator[torch.Tensor]:
         row = self.features.row[name]
@@ -245,6 +240,17 @@ def train_loader(
     -------
     speechbrain.dataio.dataloader.SaveableDataLoader
         Its ``batch_sampler.set_epoch`` chooses the epoch.
+
+    Example
+    -------
+    >>> from spkid.data import Utterance, manifest
+    >>> folder, utterances = getfixture("tmp_path"), [Utterance("a.pt", 3)]
+    >>> torch.save(torch.ones(3, 40), folder / "a.pt")
+    >>> files = FeatureFiles(folder, utterances, n_mels=40)
+    >>> dataset = FeatureDataset(manifest(utterances), files, label_encoder([]))
+    >>> loader = train_loader(dataset, batch_size=2, seed=0)
+    >>> next(iter(loader)).feats.data.shape  # a lone utterance comes twice
+    torch.Size([2, 3, 40])
     """
     one_of(sampler, SAMPLERS, "sampler")
     labels = None
@@ -258,7 +264,7 @@ def train_loader(
         rank(),
         world_size(),
         labels,
-        dataset.counts(dataset.lengths),
+        np.minimum(dataset.lengths, dataset.segment or dataset.lengths),
         bucket_batches,
     )
     return _loader(dataset, batches, num_workers)
@@ -283,6 +289,16 @@ def eval_loader(
         Whether only utterances of the same length share a batch.
     num_workers : int
         As for :func:`train_loader`.
+
+    Example
+    -------
+    >>> from spkid.data import Utterance, manifest
+    >>> folder, utterances = getfixture("tmp_path"), [Utterance("a.pt", 3)]
+    >>> torch.save(torch.ones(3, 40), folder / "a.pt")
+    >>> files = FeatureFiles(folder, utterances, n_mels=40)
+    >>> dataset = FeatureDataset(manifest(utterances), files, label_encoder([]))
+    >>> next(iter(eval_loader(dataset, max_frames=100))).feats.data.shape
+    torch.Size([1, 3, 40])
     """
     batches = LengthBatches(
         dataset.lengths, max_frames, equal_length, rank(), world_size()

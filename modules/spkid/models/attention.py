@@ -293,11 +293,11 @@ def _plain_attention(query, key, value, attn_mask, dropout_p):
 
 
 def _exact(like: torch.Tensor) -> torch.dtype:
-    """Half precision can't count to a thousand frames."""
+    """float32 or better: half precision can't count to a thousand frames."""
     return torch.promote_types(like.dtype, torch.float32)
 
 
 def _frequencies(count: int, like: torch.Tensor) -> torch.Tensor:
-    """Angular frequencies [count] of Vaswani et al. (2017), falling."""
+    """Angular frequencies [count] (Vaswani et al., 2017)."""
     index = torch.arange(count, device=like.device, dtype=_exact(like))
     return 10000.0 ** (-index / count)

@@ -10,7 +10,7 @@ from spkid.models.masks import absolute_lengths
 
 
 class SpeakerEmbedding(nn.Module):
-    """One embedding of each utterance, behind SpeechBrain's call.
+    """One embedding of each utterance, with SpeechBrain's call.
 
     Arguments
     ---------

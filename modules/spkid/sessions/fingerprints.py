@@ -67,6 +67,16 @@ def pack_fingerprints(
     -------
     np.ndarray [utterances, 4 * n_mels]
         float32.
+
+    Example
+    -------
+    >>> import torch
+    >>> from spkid.data import Utterance
+    >>> folder = getfixture("tmp_path")
+    >>> torch.save(torch.ones(3, 40), folder / "a.pt")
+    >>> files = FeatureFiles(folder, [Utterance("a.pt", 3)], n_mels=40)
+    >>> pack_fingerprints(files, ["a.pt"], progress=False).shape
+    (1, 160)
     """
     wanted = [features.row[path] for path in paths]
     count = len(features.lengths)

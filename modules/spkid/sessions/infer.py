@@ -168,15 +168,12 @@ def infer_sessions(prints: np.ndarray, speakers: Sequence) -> Sessions:
     return Sessions(label, speaker, ordered, order)
 
 
-Rows = list[np.ndarray]
-
-
-def _order(points: np.ndarray, all_rows: Rows) -> tuple[float, bool]:
+def _order(points, all_rows):
     """Neighbours' distance over that of random pairs; whether the lists are in
     the order of recording, neither by chance nor weakly sorted otherwise."""
     generator = np.random.default_rng(0)
 
-    def neighbours(shuffle: bool) -> float:
+    def neighbours(shuffle):
         total = []
         for rows in all_rows:
             own = generator.permutation(rows) if shuffle else rows
@@ -191,13 +188,10 @@ def _order(points: np.ndarray, all_rows: Rows) -> tuple[float, bool]:
     return order, bool(far > 5 and order < MOST_ORDER)
 
 
-def _near_pairs(
-    points: np.ndarray, all_rows: Rows, ordered: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def _near_pairs(points, all_rows, ordered):
     """Differences of pairs that mostly share a session, and their speakers:
     neighbours in the list, or in the space of fingerprints."""
-    near: list[np.ndarray] = []
-    owner: list[int] = []
+    near, owner = [], []
     for index, rows in enumerate(all_rows):
         own = points[rows]
         if len(own) < 2:
@@ -213,9 +207,7 @@ def _near_pairs(
     return np.concatenate(near), np.array(owner)
 
 
-def _speaker_noise(
-    near: np.ndarray, owner: np.ndarray, within: np.ndarray, all_rows: Rows
-) -> np.ndarray:
+def _speaker_noise(near, owner, within, all_rows):
     """Variance of each speaker's residue over that of all [speakers].
 
     It is a median, which the boundaries of sessions don't move, drawn towards
@@ -233,9 +225,7 @@ def _speaker_noise(
     return np.maximum(noise, 0.3)
 
 
-def _evidence(
-    count: np.ndarray, total: np.ndarray, spread: np.ndarray
-) -> np.ndarray:
+def _evidence(count, total, spread):
     """Log-likelihood ratio, in nats: the utterances are one session, against
     each having the speaker's mean; residues have unit variance.
 
@@ -246,9 +236,7 @@ def _evidence(
     return 0.5 * (spread * total**2 / gain - np.log(gain)).sum(axis=-1)
 
 
-def _segment(
-    points: np.ndarray, spread: np.ndarray, change: float
-) -> np.ndarray:
+def _segment(points, spread, change):
     """Labels of the likeliest division of a list into sessions, by dynamic
     programming."""
     count = len(points)
@@ -268,7 +256,7 @@ def _segment(
     return label
 
 
-def _cluster(points: np.ndarray, spread: np.ndarray) -> np.ndarray:
+def _cluster(points, spread):
     """Average linkage by the evidence that two utterances share a session;
     groups are joined while the evidence is positive."""
     count = len(points)
@@ -287,12 +275,7 @@ def _cluster(points: np.ndarray, spread: np.ndarray) -> np.ndarray:
     return fcluster(tree, -lowest, "distance") - 1
 
 
-def _covariances(
-    points: np.ndarray,
-    speaker: np.ndarray,
-    label: np.ndarray,
-    noise: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, int]:
+def _covariances(points, speaker, label, noise):
     """Covariance within and between sessions, and the number of sessions.
 
     ``noise`` [speakers] is the deviation by which residues are divided. The

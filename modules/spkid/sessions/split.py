@@ -62,6 +62,13 @@ def written_sessions(corpus: Corpus) -> tuple[list[str] | None, str]:
     ------
     UserError
         If sessions.json lacks an utterance's session.
+
+    Example
+    -------
+    >>> from spkid.data import Utterance
+    >>> utterance = Utterance("ann/monday/a.pt", 9, "ann")
+    >>> written_sessions(Corpus(Path("data"), 40, labelled=(utterance,)))
+    (['monday'], 'read from the folders speaker/session/file')
     """
     path = corpus.folder / "sessions.json"
     if path.exists():
@@ -89,7 +96,12 @@ def written_sessions(corpus: Corpus) -> tuple[list[str] | None, str]:
 
 def sessions_digest(corpus: Corpus, choices: dict[str, Any]) -> str | None:
     """16 hexadecimal digits that identify the content of sessions.json; None
-    if there is none, or the split doesn't depend on it."""
+    if there is none, or the split doesn't depend on it.
+
+    Example
+    -------
+    >>> sessions_digest(Corpus(Path("data"), 40), {"split": "random"})
+    """
     path = corpus.folder / "sessions.json"
     used = choices["split"] in BY_SESSION and choices["sessions"] == "auto"
     if not (used and path.exists()):
@@ -112,6 +124,15 @@ def find_sessions(
         Their features.
     sessions : str
         "auto": from the data folder, else inferred; or "inferred".
+
+    Example
+    -------
+    >>> from spkid.data import Utterance
+    >>> utterances = [Utterance(f"ann/{n}/a.pt", 9, "ann") for n in range(3)]
+    >>> corpus = Corpus(Path("data"), 40, ("ann",), tuple(utterances))
+    >>> features = FeatureFiles(corpus.folder, utterances, n_mels=40)
+    >>> find_sessions(corpus, features)[0].label
+    array([0, 1, 2])
     """
     speakers = [str(u.speaker) for u in corpus.labelled]
     if sessions == "auto":
@@ -155,6 +176,18 @@ def divide(
     ------
     UserError
         If nothing can be held out.
+
+    Example
+    -------
+    >>> from spkid.data import Utterance
+    >>> utterances = [Utterance(f"ann/{n}/a.pt", 9, "ann") for n in range(3)]
+    >>> corpus = Corpus(Path("data"), 40, ("ann",), tuple(utterances))
+    >>> features = FeatureFiles(corpus.folder, utterances, n_mels=40)
+    >>> choices = {"split": "session", "sessions": "auto", "seed": 0,
+    ...            "valid_fraction": 0.3, "known_fraction": 0.0}
+    >>> parts, report = divide(corpus, features, choices)
+    >>> len(parts["train"]), len(parts["valid"])
+    (2, 1)
     """
     split, seed = choices["split"], choices["seed"]
     share = choices["valid_fraction"]
@@ -201,14 +234,7 @@ def divide(
     return parts, _report(names, sessions, source, held, known, split)
 
 
-def _report(
-    names: list[str],
-    sessions: Sessions | None,
-    source: str,
-    held: np.ndarray,
-    known: np.ndarray,
-    split: str,
-) -> dict[str, Any]:
+def _report(names, sessions, source, held, known, split) -> dict[str, Any]:
     """Speakers with their sessions, and what cannot be validated."""
     unique, speaker = np.unique(names, return_inverse=True)
     speakers = {}
@@ -285,6 +311,17 @@ def write_manifests(
         Where to write.
     choices : dict
         The values of ``SPLIT_KEYS``; other keys are ignored.
+
+    Example
+    -------
+    >>> from spkid.data import Utterance
+    >>> folder, utterance = getfixture("tmp_path"), Utterance("a.pt", 9, "ann")
+    >>> corpus = Corpus(folder, 40, ("ann",), labelled=(utterance,))
+    >>> features = FeatureFiles(folder, corpus.utterances, n_mels=40)
+    >>> choices = dict.fromkeys(SPLIT_KEYS, 0) | {"split": "none"}
+    >>> write_manifests(corpus, features, folder, choices)
+    >>> list(read_json(folder / "train.json"))
+    ['a.pt']
     """
     folder = Path(folder)
     choices = {key: choices[key] for key in SPLIT_KEYS}
