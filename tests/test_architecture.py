@@ -21,15 +21,21 @@ WRITING = {"os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate"}
 
 
 def public_parts():
-    """Names of public functions and torch modules, and what they are."""
+    """Public functions and torch modules: what the rooms' faces list, all of
+    the models and features, and the tools beside the rooms."""
     for file in FILES:
-        for name, part in vars(importlib.import_module(file)).items():
-            own = getattr(part, "__module__", None) == file
+        module, room = importlib.import_module(file), file.split(".")[1]
+        names = getattr(module, "__all__", None)
+        if names is None:
+            whole = room in ("models", "features") or file.count(".") == 1
+            names = [n for n in vars(module) if whole and not n.startswith("_")]
+        for name in names:
+            part = getattr(module, name)
             kind = inspect.isfunction(part) or (
                 inspect.isclass(part) and issubclass(part, torch.nn.Module)
             )
-            if own and kind and not name.startswith("_"):
-                yield f"{file}.{name}", part
+            if kind and part.__module__.startswith("spkid."):
+                yield f"{part.__module__}.{name}", part
 
 
 def test_every_public_function_and_torch_module_has_an_example():

@@ -20,12 +20,15 @@ import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import CompletedProcess
+from unittest import mock
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "ML2022hw4"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# On the CPU, where the same seed gives the same bits.
+FEW = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {**os.environ, **FEW}
 TIMEOUT = 120  # seconds, after which a run counts as hanging
 PRELOADED = [
     "torch._dynamo",  # the first optimiser imports it
@@ -166,18 +169,11 @@ class Running:
 
 def _start_server():
     """The server is to find the modules that the tests find."""
-    if not CAN_FORK:
-        return
-    CONTEXT.set_forkserver_preload(PRELOADED)
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+    if CAN_FORK:
+        CONTEXT.set_forkserver_preload(PRELOADED)
+        paths = os.pathsep.join(filter(None, sys.path))
+        with mock.patch.dict(os.environ, {**FEW, "PYTHONPATH": paths}):
+            forkserver.ensure_running()
 
 
 def _child(place, function, *arguments):
@@ -193,7 +189,7 @@ def _child(place, function, *arguments):
         text = io.TextIOWrapper(stream, "utf-8", line_buffering=True)
         setattr(sys, name, text)
     logging.getLogger().handlers.clear()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(FEW)
     torch.set_num_threads(1)
     function(*arguments)
 

@@ -4,18 +4,21 @@ import functools
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import chaos
 import pytest
-from harness import assert_one_sentence, run_train, same, weights
+from harness import (
+    CAN_FORK,
+    assert_one_sentence,
+    run_train,
+    same,
+    weights,
+)
 
 from spkid.files import lock_folder
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="forking is for Linux"
-)
+pytestmark = pytest.mark.skipif(not CAN_FORK, reason="can't fork here")
 
 
 def go(data, output, *more, **options):

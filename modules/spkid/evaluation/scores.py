@@ -290,6 +290,12 @@ def expect(validated: Evaluation, tested: Evaluation) -> Expectation | None:
     Expectation
         See :func:`spkid.evaluation.metrics.expected_accuracy`; None where no
         new session was validated on, or nothing tested.
+
+    Example
+    -------
+    >>> empty = Evaluation.concatenate([], ["ann", "bob"])
+    >>> expect(validated=empty, tested=empty) is None
+    True
     """
     new = validated.of_part("new")
     if not len(new) or not len(tested):

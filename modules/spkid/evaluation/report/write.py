@@ -205,6 +205,13 @@ def write_report(output_folder: str | Path) -> Path:
     ------
     UserError
         If none of these files is there, or one cannot be read.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "hyperparams.yaml").write_text("seed: 1")
+    >>> write_report(folder).name
+    'report.html'
     """
     folder = Path(output_folder)
     results = read(folder / "results.json") or {}
