@@ -285,6 +285,34 @@ def _record_speaker(
     return entries
 
 
+def _tables(recorded, n_sessions, rng):
+    """The JSON files by name, made of each speaker's (session, entry) pairs."""
+    train, test, labels, sessions = {}, [], {}, {}
+    for speaker, entries in recorded.items():
+        train[speaker] = [entry for k, entry in entries if k < n_sessions]
+        tested = [entry for k, entry in entries if k == n_sessions]
+        test += tested
+        labels |= {entry["feature_path"]: speaker for entry in tested}
+        sessions |= {e["feature_path"]: f"{speaker}/{k}" for k, e in entries}
+    cycle = rng.permutation(len(recorded))
+    ids = np.array(list(recorded))
+    ids[cycle] = ids[np.roll(cycle, 1)]  # none keeps its place in metadata
+    ids = ids.tolist()
+    return {
+        "mapping": {
+            "speaker2id": {speaker: i for i, speaker in enumerate(ids)},
+            "id2speaker": {str(i): speaker for i, speaker in enumerate(ids)},
+        },
+        "metadata": {"n_mels": 40, "speakers": train},
+        "testdata": {
+            "n_mels": 40,
+            "utterances": [test[i] for i in rng.permutation(len(test))],
+        },
+        "testlabels": labels,
+        "sessions": sessions,
+    }
+
+
 def build(
     folder: Path,
     *,
@@ -304,8 +332,7 @@ def build(
     Arguments
     ---------
     folder : pathlib.Path
-        Folder of the corpus. A corpus that is already in it is kept, even if
-        it was built with other arguments.
+        A corpus that is already in it is kept, whatever its arguments.
     seed : int
         Seed of all random draws.
     n_speakers : int
@@ -362,31 +389,8 @@ def build(
         bar = tqdm(results, "Mini corpus", n_speakers, disable=not progress)
         recordings = list(bar)
 
-    train, test, labels, sessions = {}, [], {}, {}
-    for speaker, entries in zip(speakers, recordings, strict=True):
-        train[speaker] = [entry for k, entry in entries if k < n_sessions]
-        tested = [entry for k, entry in entries if k == n_sessions]
-        test += tested
-        labels |= {entry["feature_path"]: speaker for entry in tested}
-        sessions |= {e["feature_path"]: f"{speaker}/{k}" for k, e in entries}
-    cycle = rng.permutation(n_speakers)
-    ids = np.array(speakers)
-    ids[cycle] = ids[np.roll(cycle, 1)]  # none keeps its place in metadata
-    ids = ids.tolist()
-    tables = {
-        "mapping": {
-            "speaker2id": {speaker: i for i, speaker in enumerate(ids)},
-            "id2speaker": {str(i): speaker for i, speaker in enumerate(ids)},
-        },
-        "metadata": {"n_mels": 40, "speakers": train},
-        "testdata": {
-            "n_mels": 40,
-            "utterances": [test[i] for i in rng.permutation(len(test))],
-        },
-        "testlabels": labels,
-        "sessions": sessions,
-    }
-    for name, table in tables.items():
+    recorded = dict(zip(speakers, recordings, strict=True))
+    for name, table in _tables(recorded, n_sessions, rng).items():
         text = json.dumps(table, indent=2) + "\n"
         (part / f"{name}.json").write_text(text, encoding="utf-8")
     if folder.exists():
