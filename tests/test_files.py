@@ -52,10 +52,8 @@ import os, sys, time
 from spkid.files import lock_folder
 lock = lock_folder(sys.argv[1])
 if os.fork() == 0:
-    time.sleep(60)
-else:
-    print("ready", flush=True)
-    time.sleep(60)
+    print("the worker is there", flush=True)
+time.sleep(60)
 """
 
 
@@ -68,7 +66,7 @@ def test_a_killed_parent_with_a_live_worker_leaves_the_folder_free(tmp_path):
         text=True,
     )
     try:
-        assert parent.stdout.readline() == "ready\n"
+        assert parent.stdout.readline() == "the worker is there\n"
         with pytest.raises(UserError, match="another process is using it"):
             lock_folder(tmp_path)
         parent.kill()

@@ -16,6 +16,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from speechbrain.core import RunOptions
+from speechbrain.utils.distributed import infer_device
 
 from spkid.errors import FULL, UserError, one_of
 from spkid.keys import (
@@ -24,6 +25,7 @@ from spkid.keys import (
     FREE,
     KEYS,
     OBJECT,
+    OPTIONAL,
     SCORING,
     TEXT,
     Range,
@@ -180,10 +182,11 @@ class Settings:
         if not isinstance(value, str):
             return value
         default = known[key]
-        text = key in KEYS and KEYS[key].allowed == TEXT
-        if text or isinstance(default, str):
-            nothing = text and default is None and value == "null"
-            return None if nothing else value
+        allowed = KEYS[key].allowed if key in KEYS else None
+        if allowed == OPTIONAL and value == "null":
+            return None
+        if allowed in (TEXT, OPTIONAL) or isinstance(default, str):
+            return value
         try:
             read = ruamel.yaml.YAML(typ="safe", pure=True).load(value)
         except ruamel.yaml.YAMLError:
@@ -221,7 +224,10 @@ class Settings:
                 one_of(value, allowed, blamed)
             elif allowed == FLAG:
                 one_of(value, (True, False), blamed)
-            elif not isinstance(value, str | None):
+            elif not (
+                isinstance(value, str)
+                or (allowed == OPTIONAL and value is None)
+            ):
                 raise UserError(f"{blamed}={value} must be a text; quote it.")
         for key, highest, what in (
             ("fold", values.get("n_folds", inf) - 1, "n_folds - 1"),
@@ -328,24 +334,31 @@ class Settings:
 
 
 def check_run_options(options: RunOptions) -> None:
-    """Raises UserError for a device or a precision that can't be used here.
+    """Raises UserError for an option that is out of range, and for a device or
+    a precision that can't be used here.
 
     Example
     -------
     >>> check_run_options(RunOptions(device="cpu"))
     """
+    device = options.device or infer_device()
     try:
-        torch.zeros(1, device=options.device)
+        torch.zeros(1, device=device)
     except Exception as error:  # each backend has its own
         why = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(
             f"--device {options.device}: can't be used here ({why}); give "
             "another one, as cpu."
         ) from None
-    if str(options.device).startswith("cpu") and options.precision == "fp16":
-        raise UserError(
-            "--precision fp16 needs a GPU; give fp32 or bf16 on a CPU."
-        )
+    for key in ("precision", "eval_precision"):
+        if str(device).startswith("cpu") and getattr(options, key) == "fp16":
+            raise UserError(
+                f"--{key} fp16 needs a GPU; give fp32 or bf16 on a CPU."
+            )
+    for key in options.overridden_args:
+        allowed = KEYS[key].allowed if key in KEYS else None
+        if isinstance(allowed, Range):
+            allowed.check(getattr(options, key), f"--{key}")
 
 
 class _Reader(ruamel.yaml.constructor.SafeConstructor):
@@ -367,7 +380,7 @@ def _values(text: str) -> dict[str, Any]:
 
 def _nodes(text: str) -> dict[str, Node]:
     """Keys of a YAML text and what they hold, with tags and references."""
-    root = ruamel.yaml.YAML(pure=True).compose(text)
+    root = ruamel.yaml.YAML(typ="safe", pure=True).compose(text)
     return {key.value: node for key, node in root.value} if root else {}
 
 

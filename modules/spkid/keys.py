@@ -12,6 +12,7 @@ from spkid.sessions import SOURCES, SPLITS
 
 FIXED, FREE, SCORING = "fixed", "free", "scoring"
 TEXT, FLAG, OBJECT = "a text", "True or False", "an object"
+OPTIONAL = "a text or null"
 HUGE = 2**31 - 1
 
 
@@ -53,8 +54,8 @@ COUNT, SHARE = Range(1, HUGE), Range(0.0, 1.0)
 # utterances are scored, and nothing that is trained: --test_only may change it.
 KEYS = {
     "seed": Key(Range(0, 2**32 - 1)),
-    "data_folder": Key(TEXT, FREE),
-    "pack_folder": Key(TEXT, FREE),
+    "data_folder": Key(OPTIONAL, FREE),
+    "pack_folder": Key(OPTIONAL, FREE),
     "output_folder": Key(TEXT, FREE),
     "save_folder": Key(TEXT, FREE),
     "manifest_folder": Key(TEXT, FREE),
@@ -79,6 +80,7 @@ KEYS = {
     "lr": Key(Range(0.0, 1e3)),
     "weight_decay": Key(Range(0.0, 1e3)),
     "label_smoothing": Key(SHARE),
+    "grad_accumulation_factor": Key(COUNT),
     "nonfinite_patience": Key(Range(0, HUGE), FREE),
     "ckpt_interval_minutes": Key(Range(0.0, 1e9), FREE),
     "num_workers": Key(Range(0, 1024), FREE),

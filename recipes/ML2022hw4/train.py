@@ -255,8 +255,8 @@ def train(settings: Settings, run_opts: RunOptions) -> Settings | None:
     train_set, valid_set = dataio_prep(hparams, features, manifests)
     brain.train_sampler = train_set.batch_sampler  # is told the epoch
     brain.checkpointer.add_recoverable("dataloader-TRAIN", train_set)
-    # Last, so that settings which fail don't become the run's.
-    run_on_main(run.save_identity)
+    if not brain.test_only:  # last: settings that fail don't bind the run
+        run_on_main(run.save_identity)
     run_on_main(announce, [run, corpus, manifests])
     if brain.distributed_launch:
         # Otherwise all ranks would drop the same units.
