@@ -13,7 +13,7 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.core import RunOptions
 
 from spkid.errors import UserError
-from spkid.hparams import Settings, check_run_options, parse_arguments
+from spkid.hparams import Settings
 from spkid.keys import (
     DECIDED_BY_DATA,
     FLAG,
@@ -23,6 +23,7 @@ from spkid.keys import (
     TEXT,
     Range,
 )
+from spkid.run_options import check_run_options, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "hparams").glob("*.yaml"))

@@ -26,8 +26,9 @@ from spkid.data import Corpus, manifest
 from spkid.errors import UserError, run_command
 from spkid.evaluation import Evaluation, expect
 from spkid.files import read_json, save_atomically
-from spkid.hparams import Settings, check_run_options
+from spkid.hparams import Settings
 from spkid.inference import SpeakerIdentifier
+from spkid.run_options import check_run_options
 from spkid.training.run import expectation_line
 
 logger = logging.getLogger(__name__)
@@ -45,15 +46,13 @@ def write_submission(
     counts = Counter(utterance.speaker for utterance in corpus.labelled)
     counts[corpus.speakers[0]] += 0  # so that there is one
     ((commonest, _),) = counts.most_common(1)
-    guesses = dict(zip(tested.id.tolist(), tested.guess.tolist(), strict=True))
+    names = [corpus.speakers[guess] for guess in tested.guess.tolist()]
+    guesses = dict(zip(tested.id.tolist(), names, strict=True))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["Id", "Category"])
     for name in corpus.test_paths:
-        scored = name in guesses
-        writer.writerow(
-            [name, corpus.speakers[guesses[name]] if scored else commonest]
-        )
+        writer.writerow([name, guesses.get(name, commonest)])
     missing = len(corpus.test_paths) - len(corpus.test)
     if missing:
         logger.warning(

@@ -39,11 +39,11 @@ from spkid.distributed import first_process_first, rank, world_size
 from spkid.errors import run_command, table
 from spkid.evaluation import Evaluation
 from spkid.files import save_atomically
-from spkid.hparams import Settings, check_run_options, parse_arguments
+from spkid.hparams import Settings
 from spkid.inference import WEIGHTS, SpeakerIdentifier
+from spkid.run_options import check_run_options, parse_arguments
 from spkid.sessions import write_manifests
-from spkid.training import RobustBrain, RunState
-from spkid.training.run import RunFolder, write_results
+from spkid.training import RobustBrain, RunFolder, RunState
 
 DEBUG_UTTERANCES = 4
 
@@ -312,7 +312,7 @@ def finish(run, brain, corpus, validated, tested, results) -> None:
         "skipped_steps": brain.skipped_steps,
         "seconds": round(brain.run_state.seconds, 1),
     }
-    write_results(run, results, validated, tested)
+    run.write_results(results, validated, tested)
     print(
         f"{run.path / 'submission.csv'}: a row for each test utterance\n"
         f"{run.path / 'model'}: the weights\n"

@@ -3,6 +3,7 @@
 from spkid.training.brain import RobustBrain
 from spkid.training.checkpoints import AtomicCheckpointer, RunState
 from spkid.training.loggers import EpochLogger, EpochTensorboardLogger
+from spkid.training.run import RunFolder
 from spkid.training.schedule import LinearRamp, WarmupCosine
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "EpochTensorboardLogger",
     "LinearRamp",
     "RobustBrain",
+    "RunFolder",
     "RunState",
     "WarmupCosine",
 ]

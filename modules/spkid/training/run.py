@@ -66,6 +66,54 @@ class RunFolder:
         text = json.dumps(self.identity, indent=1)
         save_atomically(text, self.path / IDENTITY)
 
+    def write_results(
+        self,
+        results: dict[str, Any],
+        validated: Evaluation,
+        tested: Evaluation,
+    ) -> None:
+        """Writes evaluation.npz, results.json and report.html, and says so.
+
+        Arguments
+        ---------
+        results : dict
+            What is known of the run beside its settings and accuracies.
+        validated, tested : Evaluation
+            What the tested weights say of the held-out and the test utterances.
+        """
+        values, expected = self.settings.values, expect(validated, tested)
+        results = {
+            **by_part(validated.summary()),
+            "test": {"accuracy": tested.accuracy(), "loss": tested.mean_loss()},
+            "system": self.settings.path.stem,
+            **{key: values[key] for key in ("data_folder", "split", "seed")},
+            "scored_by": self.settings.scoring(),
+            **results,
+        }
+        if expected:
+            results["expected"] = expected._asdict()
+        both = Evaluation.concatenate([validated, tested], tested.speakers)
+        both.save(self.path / "evaluation.npz")
+        save_atomically(
+            json.dumps(results, indent=1), self.path / "results.json"
+        )
+        # Matplotlib is slow to import, and needed here alone.
+        from spkid.evaluation.report import write_report
+
+        page, figures = write_report(self.path), []
+        for name, part in PARTS.items():
+            accuracy = both.of_part(name).accuracy(by_speaker=name != "test")
+            if accuracy is not None:
+                figures.append(f"{accuracy:.4f} on {part.name}")
+            elif name == "test":
+                figures.append(f"unknown on {part.name}")
+        print(
+            f"Accuracy: {', '.join(figures)}\n{expectation_line(expected)}"
+            f"{page}: the run on one page\n"
+            f"{self.path / 'results.json'}: these figures",
+            flush=True,
+        )
+
 
 def run_identity(
     settings: Settings, options: RunOptions, corpus: Corpus
@@ -124,53 +172,4 @@ def expectation_line(expected: Expectation | None) -> str:
     return (
         "Estimated test accuracy (from confidence): {:.4f} "
         "({:.4f} to {:.4f})\n".format(*expected)
-    )
-
-
-def write_results(
-    run: RunFolder,
-    results: dict[str, Any],
-    validated: Evaluation,
-    tested: Evaluation,
-) -> None:
-    """Writes evaluation.npz, results.json and report.html, and says so.
-
-    Arguments
-    ---------
-    run : RunFolder
-        The run.
-    results : dict
-        What is known of it beside its settings and accuracies.
-    validated, tested : Evaluation
-        What the tested weights say of the held-out and the test utterances.
-    """
-    values, expected = run.settings.values, expect(validated, tested)
-    results = {
-        **by_part(validated.summary()),
-        "test": {"accuracy": tested.accuracy(), "loss": tested.mean_loss()},
-        "system": run.settings.path.stem,
-        **{key: values[key] for key in ("data_folder", "split", "seed")},
-        "scored_by": run.settings.scoring(),
-        **results,
-    }
-    if expected:
-        results["expected"] = expected._asdict()
-    both = Evaluation.concatenate([validated, tested], tested.speakers)
-    both.save(run.path / "evaluation.npz")
-    save_atomically(json.dumps(results, indent=1), run.path / "results.json")
-    # Matplotlib is slow to import, and needed here alone.
-    from spkid.evaluation.report import write_report
-
-    page, figures = write_report(run.path), []
-    for name, part in PARTS.items():
-        accuracy = both.of_part(name).accuracy(by_speaker=name != "test")
-        if accuracy is not None:
-            figures.append(f"{accuracy:.4f} on {part.name}")
-        elif name == "test":
-            figures.append(f"unknown on {part.name}")
-    print(
-        f"Accuracy: {', '.join(figures)}\n{expectation_line(expected)}"
-        f"{page}: the run on one page\n"
-        f"{run.path / 'results.json'}: these figures",
-        flush=True,
     )
