@@ -18,6 +18,7 @@ from spkid.keys import (
     DECIDED_BY_DATA,
     FLAG,
     KEYS,
+    NEEDED,
     OBJECT,
     OPTIONAL,
     TEXT,
@@ -513,3 +514,54 @@ def test_keys_that_nobody_asked_for_are_not_built(tmp_path):
     assert not place.exists()
     with pytest.raises(UserError, match="key 'encoder' is missing"):
         Settings.of_run(tmp_path).build_modules(["encoder"])
+
+
+def changed(tmp_path, old, new):
+    """A copy of conformer.yaml with another line."""
+    text = CONFORMER.read_text()
+    assert old in text
+    path = tmp_path / "changed.yaml"
+    path.write_text(text.replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize("key", NEEDED)
+def test_a_missing_key_is_named(tables, monkeypatch, key):
+    settings = tables[CONFORMER]
+    monkeypatch.delitem(settings.values, key)
+    with pytest.raises(UserError, match=f"key '{key}' is missing; add it"):
+        settings.check(needed=NEEDED)
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_the_systems_have_all_keys_that_are_needed(path):
+    Settings(path).check(needed=NEEDED)
+
+
+def test_what_could_not_be_loaded_later_is_not_trained(tmp_path):
+    old = "pooling: !new:spkid.models.AttentiveStatisticsPooling\n"
+    apply = "pooling: !apply:spkid.models.AttentiveStatisticsPooling\n"
+    with pytest.raises(UserError, match="!apply:spkid"):
+        Settings(changed(tmp_path, old, apply)).check()
+
+
+def test_the_name_of_a_torch_module_is_loaded(tmp_path):
+    """As SpeechBrain's models take their activations."""
+    (tmp_path / "hyperparams.yaml").write_text(
+        "embedding_model: !new:speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN\n"
+        "    input_size: 40\n    activation: !name:torch.nn.LeakyReLU\n"
+    )
+    made = Settings.of_run(tmp_path).build_modules(["embedding_model"])
+    kinds = {type(module) for module in made["embedding_model"].modules()}
+    assert torch.nn.LeakyReLU in kinds
+
+
+def test_a_range_says_a_numbers_kind_not_the_files_own_value(tmp_path):
+    path = changed(tmp_path, "weight_decay: 0.01", "weight_decay: 0")
+    settings = Settings(path, {"weight_decay": "0.1"})
+    assert settings.values["weight_decay"] == 0.1
+
+
+def test_only_a_pack_lies_on_a_device():
+    with pytest.raises(UserError, match="pack_on_device=True needs pack=True"):
+        Settings(CONFORMER, {"pack": "False", "pack_on_device": "True"}).check()

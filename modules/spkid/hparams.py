@@ -26,6 +26,7 @@ from spkid.keys import (
     OPTIONAL,
     SCORING,
     TEXT,
+    TRAINED,
     Range,
 )
 
@@ -33,7 +34,7 @@ LESS = "\ue000"  # stands for "<" in a text that holds no reference
 PLAIN_TAGS = {
     f"tag:yaml.org,2002:{kind}"
     for kind in ("str", "int", "float", "bool", "null", "map", "seq")
-}
+} | {"!tuple"}
 
 
 class Settings:
@@ -136,6 +137,9 @@ class Settings:
             read = ruamel.yaml.YAML(typ="safe", pure=True).load(value)
         except ruamel.yaml.YAMLError:
             raise UserError(f"--{key}={value}: not valid YAML.") from None
+        if isinstance(allowed, Range):
+            allowed.check(read, f"--{key}")
+            return read
         kinds = {bool: FLAG, int: "a whole number", float: "a number"}
         kind = type(default)
         if kind in kinds and type(read) not in (
@@ -144,7 +148,7 @@ class Settings:
             raise UserError(f"--{key}={value} must be {kinds[kind]}.")
         return read
 
-    def check(self, n_processes: int = 1) -> None:
+    def check(self, n_processes: int = 1, needed: Iterable[str] = ()) -> None:
         """Raises UserError for whatever is wrong with a value.
 
         Nothing of the data is looked at, and no folder is made: the objects
@@ -154,12 +158,34 @@ class Settings:
         ---------
         n_processes : int
             Processes that share a batch.
+        needed : iterable of str
+            Keys that the file must have.
         """
+        for key in needed:
+            if key not in self.values:
+                raise UserError(
+                    f"{self.path}: key '{key}' is missing; add it, as in "
+                    "hparams/conformer.yaml."
+                )
         for key in DECIDED_BY_DATA:
             if key in self.overrides:
                 raise UserError(f"--{key} is set by the data; remove it.")
-        values = self.values
-        for key, value in values.items():
+        self._check_each()
+        self._check_together(n_processes)
+        for key in TRAINED:
+            if key in self._nodes:  # what can't be loaded isn't trained
+                _check_only_modules(self._nodes[key], self.path)
+        with torch.random.fork_rng(devices=[]):
+            self.build(
+                key
+                for key in self._nodes
+                if not key.startswith("__")
+                and not (key in KEYS and KEYS[key].allowed == OBJECT)
+            )
+
+    def _check_each(self) -> None:
+        """Each value against the table of keys."""
+        for key, value in self.values.items():
             if key not in KEYS or KEYS[key].allowed == OBJECT:
                 continue
             allowed, blamed = KEYS[key].allowed, f"{self.path}: {key}"
@@ -174,6 +200,10 @@ class Settings:
                 or (allowed == OPTIONAL and value is None)
             ):
                 raise UserError(f"{blamed}={value} must be a text; quote it.")
+
+    def _check_together(self, n_processes: int) -> None:
+        """Values that limit each other."""
+        values = self.values
         for key, highest, what in (
             ("fold", values.get("n_folds", inf) - 1, "n_folds - 1"),
             ("window_hop", values.get("window_frames", inf), "window_frames"),
@@ -188,12 +218,9 @@ class Settings:
                 f"{self.path}: batch_size={values['batch_size']} must be at "
                 f"least {n_processes}, an utterance for each process."
             )
-        with torch.random.fork_rng(devices=[]):
-            self.build(
-                key
-                for key in self._nodes
-                if not key.startswith("__")
-                and not (key in KEYS and KEYS[key].allowed == OBJECT)
+        if values.get("pack_on_device") and not values.get("pack", True):
+            raise UserError(
+                f"{self.path}: pack_on_device=True needs pack=True; change one."
             )
 
     def build(self, keys: Iterable[str] | None = None) -> dict[str, Any]:
@@ -239,8 +266,9 @@ class Settings:
         for key in keys:
             if key not in self._nodes:
                 raise UserError(
-                    f"{self.path}: key '{key}' is missing; an older version "
-                    "wrote it, or it isn't a run of this recipe: train again."
+                    f"{self.path}: key '{key}' is missing; the folder was "
+                    "written by an older version or another program: train "
+                    "again."
                 )
             nodes[key] = self._nodes[key]
             _check_only_modules(nodes[key], self.path)
@@ -322,14 +350,14 @@ def _hide(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_only_modules(node: Node, path: Path) -> None:
-    """Raises UserError if a node names anything but a torch module."""
+    """Raises UserError if a node names anything but torch modules."""
     if node.tag not in PLAIN_TAGS:
         kind, _, name = str(node.tag).partition(":")
-        made = pydoc.locate(name) if kind == "!new" else None
+        made = pydoc.locate(name) if kind in ("!new", "!name") else None
         if not (isinstance(made, type) and issubclass(made, torch.nn.Module)):
             raise UserError(
                 f"{path}: {node.tag} isn't a torch module that is installed "
-                "here, and nothing else in a run's folder is called."
+                "here; a trained system is made of nothing else."
             )
     if isinstance(node, MappingNode | SequenceNode):
         for child in node.value:

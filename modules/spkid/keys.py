@@ -28,8 +28,9 @@ class Range(NamedTuple):
         whole = isinstance(self.low, int)
         kinds: tuple[type, ...] = (int,) if whole else (int, float)
         if type(value) not in kinds:  # True is no number
+            shown = "null" if value is None else value
             raise UserError(
-                f"{key}={value} must be {'a whole' if whole else 'a'} number."
+                f"{key}={shown} must be {'a whole' if whole else 'a'} number."
             )
         inside = self.low <= value <= self.high
         if self.open:
@@ -104,3 +105,17 @@ KEYS = {
     "checkpointer": Key(OBJECT, FREE),
 }
 DECIDED_BY_DATA = ("n_speakers", "n_mels")
+# The objects that a trained system is made of.
+TRAINED = ("mean_var_norm", "embedding_model", "classifier")
+# Of one model or optimiser; the recipe itself doesn't read them.
+OWN = {
+    *("lr", "weight_decay", "grad_accumulation_factor", "normalization"),
+    *("d_model", "n_layers", "n_heads", "d_ff", "kernel_size", "dropout"),
+    "embedding_size",
+}
+# What train.py reads.
+NEEDED = (
+    *(key for key in KEYS if key not in OWN),
+    *(*DECIDED_BY_DATA, *TRAINED, "preprocess", "label_encoder", "modules"),
+    *("opt_class", "lr_schedule", "epoch_counter"),
+)

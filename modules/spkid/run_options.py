@@ -77,7 +77,7 @@ def check_run_options(options: RunOptions) -> None:
     except Exception as error:  # each backend has its own
         why = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(
-            f"--device {options.device}: can't be used here ({why}); give "
+            f"--device {device}: can't be used here ({why}); give "
             "another one, as cpu."
         ) from None
     for key in ("precision", "eval_precision"):

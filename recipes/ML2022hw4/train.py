@@ -36,11 +36,12 @@ from spkid.data import (
     train_loader,
 )
 from spkid.distributed import first_process_first, rank, world_size
-from spkid.errors import run_command, table
+from spkid.errors import UserError, run_command, table
 from spkid.evaluation import Evaluation
 from spkid.files import save_atomically
 from spkid.hparams import Settings
 from spkid.inference import WEIGHTS, SpeakerIdentifier
+from spkid.keys import NEEDED
 from spkid.run_options import check_run_options, parse_arguments
 from spkid.sessions import write_manifests
 from spkid.training import RobustBrain, RunFolder, RunState
@@ -223,14 +224,9 @@ def read_data(values):
     return prepare(folder, **{key: values[key] for key in keys})
 
 
-def train(settings: Settings, run_opts: RunOptions) -> Settings | None:
-    """One run: prepares, trains, tests, and says where the results are.
-
-    Returns
-    -------
-    Settings
-        Of another run, on all utterances; None if none is wanted.
-    """
+def train(settings: Settings, run_opts: RunOptions) -> None:
+    """Prepares, trains, tests, and says where the results are; then, where it
+    is wanted, once more on all utterances."""
     with first_process_first():
         corpus, features = read_data(settings.values)
     settings = settings.replace(
@@ -269,22 +265,23 @@ def train(settings: Settings, run_opts: RunOptions) -> Settings | None:
     if brain.debug:
         run_on_main(shutil.rmtree, [run.path])
         run_on_main(print, ["The debug run has passed; it leaves no results."])
-        return None
+        return
     results = {"averaged_checkpoints": averaged}
     run_on_main(finish, [run, brain, corpus, validated, tested, results])
     if not (hparams["final_fit"] and manifests["valid"]):
-        return None
-    # As many steps on all utterances as validation found best.
+        return
+    run_on_main(print, ["Again, on all utterances, for the best steps:"])
     best = brain.checkpointer.find_checkpoint(max_key="accuracy").meta["epoch"]
     n_train, n_valid = len(manifests["train"]), len(manifests["valid"])
     derived = ("save_folder", "manifest_folder", "train_log")
-    return settings.without(*derived).replace(
+    again = settings.without(*derived).replace(
         final_fit=False,
         split="none",
         output_folder=str(run.path / "final"),
         number_of_epochs=max(1, round(best * n_train / (n_train + n_valid))),
         average_checkpoints=averaged,
     )
+    train(again, run_opts)  # here, so that this folder stays reserved
 
 
 def announce(run, corpus, manifests) -> None:
@@ -322,7 +319,7 @@ def finish(run, brain, corpus, validated, tested, results) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Trains, and where it is wanted once more on all utterances."""
+    """Checks the command line and the settings, and trains."""
     hparams_file, run_opts, overrides = parse_arguments(arguments)
     if "distributed_backend" not in run_opts.overridden_args and (
         not torch.cuda.is_available()
@@ -331,14 +328,17 @@ def main(arguments: list[str]) -> None:
     check_run_options(run_opts)
     ddp_init_group(run_opts)
     settings = Settings(hparams_file, overrides)
-    settings.check(world_size())
+    settings.check(world_size(), NEEDED)
     if run_opts.debug:  # its files must not pass for the start of a run
         debugged = str(Path(settings.values["output_folder"]) / "debug")
         settings = settings.replace(output_folder=debugged)
-    again = train(settings, run_opts)
-    if again:
-        print("Once more, on all utterances:", flush=True)
-        train(again, run_opts)
+    saved = Path(settings.values["save_folder"])
+    if run_opts.test_only and not any(saved.glob("CKPT*")):
+        raise UserError(
+            f"{saved}: there is no checkpoint to test; train first, or name "
+            "the run's --output_folder."
+        )
+    train(settings, run_opts)
     if torch.distributed.is_initialized():
         # A process that ends first may abort, and end the one that is still
         # writing the results.

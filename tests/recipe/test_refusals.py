@@ -34,6 +34,7 @@ CHOICES = [
     (["--eval_precision=fp16"], "--eval_precision fp16 needs a GPU"),
     (["--grad_accumulation_factor=0"], "grad_accumulation_factor=0 must lie"),
     (["--nonfinite_patience=-2"], "--nonfinite_patience=-2 must lie in [0, "),
+    (["--test_only"], "there is no checkpoint to test; train first"),
     (["--device", "nonsense"], "--device nonsense: can't be used here"),
     (["--learning_rate=1"], "no key 'learning_rate'"),
     (["--drop_out=1"], "did you mean --dropout?"),

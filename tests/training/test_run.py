@@ -119,3 +119,13 @@ def test_the_estimate_says_its_interval():
     assert line == (
         "Estimated test accuracy (from confidence): 0.7500 (0.7000 to 0.8000)\n"
     )
+
+
+def test_a_finished_run_is_not_overwritten_though_its_checkpoints_are_gone(
+    tmp_path, corpus
+):
+    begin(tmp_path, corpus)
+    (tmp_path / "save" / "CKPT+1").rmdir()
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match=r"started with lr=0\.001, not"):
+        make(tmp_path, corpus, lr=0.5)

@@ -17,6 +17,7 @@ from spkid.errors import UserError
 from spkid.evaluation import Evaluation, UtteranceEmbedder
 from spkid.files import save_atomically
 from spkid.hparams import Settings
+from spkid.keys import TRAINED
 from spkid.models.masks import absolute_lengths, relative_lengths
 
 WEIGHTS = ("embedding_model", "classifier")
@@ -110,8 +111,9 @@ class SpeakerIdentifier(nn.Module):
     ) -> SpeakerIdentifier:
         """Loads a finished run's system, ready to score.
 
-        Nothing of the run's YAML is called but its torch modules, no seed is
-        set, and no folder is made.
+        Of what the run's YAML names, only torch modules are called (what it
+        names is imported, if it is installed). No seed is set, and no folder is
+        made.
 
         Raises
         ------
@@ -127,7 +129,7 @@ class SpeakerIdentifier(nn.Module):
                     "missing); name the --output_folder of one."
                 )
         settings = Settings.of_run(folder)
-        modules = settings.build_modules(("mean_var_norm", *WEIGHTS))
+        modules = settings.build_modules(TRAINED)
         for name, path in zip(WEIGHTS, paths, strict=True):
             try:
                 weights = torch.load(

@@ -47,10 +47,11 @@ class RunFolder:
         self._lock = lock_folder(self.path) if rank() == 0 else None
         self.identity = run_identity(settings, options, corpus)
         saved = Path(settings.values["save_folder"])
-        # Where there is no checkpoint, nothing was started.
-        if (self.path / IDENTITY).exists() and any(saved.glob("CKPT*")):
-            started = read_json(self.path / IDENTITY)
-            check_identity(self.path / IDENTITY, started, self.identity)
+        # Where nothing was saved, nothing was started.
+        started = any(saved.glob("CKPT*")) or (self.path / "model").exists()
+        if (self.path / IDENTITY).exists() and started:
+            theirs = read_json(self.path / IDENTITY)
+            check_identity(self.path / IDENTITY, theirs, self.identity)
 
     def save_settings(self) -> None:
         """Writes hyperparams.yaml: the settings with all overrides."""
