@@ -270,7 +270,7 @@ def train(settings: Settings, run_opts: RunOptions) -> None:
     run_on_main(finish, [run, brain, corpus, validated, tested, results])
     if not (hparams["final_fit"] and manifests["valid"]):
         return
-    run_on_main(print, ["Again, on all utterances, for the best steps:"])
+    run_on_main(print, ["Training again, on all utterances (final_fit):"])
     best = brain.checkpointer.find_checkpoint(max_key="accuracy").meta["epoch"]
     n_train, n_valid = len(manifests["train"]), len(manifests["valid"])
     derived = ("save_folder", "manifest_folder", "train_log")
