@@ -5,11 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from spkid.errors import UserError
-from spkid.files import lock_folder, read_json, save_atomically
+from spkid.errors import DataError, UserError
+from spkid.files import (
+    UNSUPPORTED,
+    flush_folder,
+    lock_folder,
+    read_json,
+    save_atomically,
+)
 
 
 def test_a_text_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch):
@@ -31,7 +38,7 @@ def test_a_text_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch):
     [
         (None, "the file is missing"),
         (b"{", "not valid JSON"),
-        (b"\xff{}", "not valid JSON"),
+        (b"\xff{}", "isn't text in UTF-8; save it as UTF-8"),
         (b"[" * 100_000, "not valid JSON"),
         (b"[1]", "holds a list, not an object"),
         (b'{"a": 1, "a": 1}', "key 'a' appears twice"),
@@ -45,6 +52,97 @@ def test_a_bad_json_file_is_named(tmp_path, content, words):
     with pytest.raises(UserError, match=words) as caught:
         read_json(path)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_says_the_encoding(tmp_path, encoding):
+    path = tmp_path / "a.json"
+    path.write_text('{"é": 1}', encoding=encoding)
+    assert read_json(path) == {"é": 1}
+
+
+def test_all_repeated_keys_are_named(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": 1, "a": 1, "b": {"c": 1, "c": 1}}')
+    with pytest.raises(DataError) as caught:
+        read_json(path)
+    entries = {problem.entry for problem in caught.value.problems}
+    assert entries == {"key 'a'", "key 'c'"}
+
+
+def a_pipe(path):
+    os.mkfifo(path)
+
+
+def a_link_to_a_device(path):
+    path.symlink_to("/dev/zero")
+
+
+def a_giant(path):
+    path.touch()
+    os.truncate(path, 2**40)  # a hole
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has neither pipes nor /dev")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (a_pipe, "not a regular file.*put the file itself there"),
+        (a_link_to_a_device, "not a regular file.*put the file itself there"),
+        (Path.mkdir, "not a regular file.*put the file itself there"),
+        (a_giant, "has 1,099,511,627,776 bytes, more than.*make it smaller"),
+    ],
+)
+def test_what_is_no_file_is_not_read(tmp_path, make, words):
+    make(tmp_path / "a.json")
+    with pytest.raises(UserError, match=words):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_link_may_be_kept_inside(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    link = tmp_path / "data" / "a.json"
+    link.symlink_to(tmp_path / "a.json")
+    assert read_json(link) == {}
+    with pytest.raises(UserError, match="is a link that leaves its folder"):
+        read_json(link, inside=True)
+    (tmp_path / "data" / "b.json").write_text("{}")
+    (tmp_path / "other").symlink_to(tmp_path / "data")
+    assert read_json(tmp_path / "other" / "b.json", inside=True) == {}
+
+
+@pytest.mark.parametrize("number", sorted(UNSUPPORTED))
+def test_a_file_system_that_cannot_flush_is_no_failure(
+    tmp_path, monkeypatch, number
+):
+    def refuse(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    save_atomically("text", tmp_path / "a.txt")
+    assert (tmp_path / "a.txt").read_text() == "text"
+    flush_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EACCES, "change its permissions, or name another place"),
+        (errno.EROFS, "name a place that can be written"),
+        (errno.EIO, "check the disk"),
+    ],
+)
+def test_the_cure_is_that_of_the_error(tmp_path, monkeypatch, number, cure):
+    def fail(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match=cure):
+        save_atomically("text", tmp_path / "a.txt")
+    with pytest.raises(OSError, match=os.strerror(number)):
+        flush_folder(tmp_path)
 
 
 HOLDER = """

@@ -11,7 +11,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+# What helps against an error of the system; see cure_of().
+CURES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EACCES: "change its permissions, or name another place",
+    errno.EPERM: "change its permissions, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENOTDIR: "name a folder, not a file",
+    errno.EEXIST: "name a folder, not a file",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs, or raise the limit of open files",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "mount the file system again",
+    errno.ENOMEM: "free some memory",
+    errno.ELOOP: "name a place that isn't a circle of links",
+}
 
 
 class UserError(Exception):
@@ -142,12 +159,23 @@ def one_of(value: object, choices: Sequence[object], key: str) -> None:
         raise UserError(f"{key}={value!r} must be {words}.")
 
 
+def cure_of(error: OSError) -> str:
+    """What helps against an error of the system, in words.
+
+    Example
+    -------
+    >>> cure_of(OSError(errno.ENOSPC, "No space left on device"))
+    'free some space'
+    """
+    return CURES.get(error.errno or 0, "name another place")
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Runs a command's main function and ends the process as users expect.
 
-    A :class:`UserError`, a full disk or a forbidden folder is one sentence
-    with exit code 1; Ctrl-C exits with 130. Anything else is a bug of ours
-    and keeps its traceback.
+    A :class:`UserError` or an error of the system, as a full disk, is one
+    sentence with exit code 1; Ctrl-C exits with 130. Anything else is a bug
+    of ours and keeps its traceback.
 
     Arguments
     ---------
@@ -167,17 +195,12 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         sentence = re.split(r"spkid\.errors\.\w+: ", str(error))[-1]
         sys.exit(f"Error: {sentence.strip()}")
     except OSError as error:
-        if error.errno in FORBIDDEN and error.filename:
-            sys.exit(
-                f"Error: {error.filename}: {error.strerror}; name another "
-                "folder, or change its permissions."
-            )
-        if error.errno not in FULL:
+        if error.errno not in CURES:
             raise
         sys.exit(
-            f"Error: {error.filename or 'a file'}: could not be written "
-            f"({error.strerror}); free some space and give the same command "
-            "again: it resumes from the last checkpoint."
+            f"Error: {error.filename or 'a file'}: {error.strerror}; "
+            f"{cure_of(error)}, and give the same command again: a run "
+            "resumes from its last checkpoint."
         )
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import stat
 from collections import Counter
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from spkid.errors import UserError
+from spkid.errors import DataError, Problem, UserError, cure_of
+
+MAX_JSON = 256 * 2**20  # bytes: two million utterances; parsed, ten times that
+# A file system that can't flush says so in one of these ways.
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF}
 
 
 def save_atomically(content: str | bytes, path: str | Path) -> None:
@@ -44,14 +52,30 @@ def save_atomically(content: str | bytes, path: str | Path) -> None:
                 content.encode() if isinstance(content, str) else content
             )
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: could not be written ({error.strerror}); free the space "
-            "or fix the permissions, and give the same command again."
+            f"{path}: could not be written ({error.strerror}); "
+            f"{cure_of(error)}, and give the same command again."
         ) from None
+
+
+def flush(descriptor: int) -> None:
+    """Flushes an open file to the disk, where the file system can do so.
+
+    Example
+    -------
+    >>> with open(getfixture("tmp_path") / "a.txt", "w") as file:
+    ...     flush(file.fileno())
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def flush_folder(folder: Path) -> None:
@@ -66,18 +90,47 @@ def flush_folder(folder: Path) -> None:
     for path in (*folder.iterdir(), folder):
         handle = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            flush(handle)
         finally:
             os.close(handle)
 
 
-def read_json(path: str | Path) -> dict:
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a file to read its bytes; a pipe or a device is an error.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "a"
+    >>> _ = path.write_bytes(b"abc")
+    >>> with open_regular(path) as file:
+    ...     file.read()
+    b'abc'
+    """
+    # Opening a pipe would wait for a writer.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+    flags |= getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def read_json(path: str | Path, inside: bool = False) -> dict:
     """Reads a JSON object; a key that appears twice is an error.
+
+    Arguments
+    ---------
+    path : str or pathlib.Path
+        A regular file of at most ``MAX_JSON`` bytes in UTF-8 or, with a byte
+        order mark, UTF-16.
+    inside : bool
+        Whether a link must not lead out of the file's folder.
 
     Raises
     ------
-    UserError
-        If the file is missing, isn't JSON, isn't an object or repeats a key.
+    DataError
+        With a problem for each repeated key, or for the file.
 
     Example
     -------
@@ -86,27 +139,48 @@ def read_json(path: str | Path) -> dict:
     >>> read_json(path)
     {'a': 1}
     """
+    path, repeated = Path(path), []
+
+    def bad(what: str, cure: str = "make or download it again") -> DataError:
+        return DataError([Problem(path.name, "", what, cure)], path.parent)
 
     def unique(pairs):
-        counts = Counter(key for key, _ in pairs)
-        if repeated := [key for key, count in counts.items() if count > 1]:
-            raise ValueError(f"key {repeated[0]!a} appears twice")
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                entry = f"key {ascii(key)[:60]}"
+                what = path.name, entry, "appears twice", "keep one"
+                repeated.append(Problem(*what))
         return dict(pairs)
 
+    if inside and os.path.realpath(path.parent) != os.path.dirname(
+        os.path.realpath(path)
+    ):
+        raise bad("is a link that leaves its folder", "copy the file into it")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_JSON:
+                raise bad(
+                    f"has {size:,} bytes, more than {MAX_JSON:,}",
+                    "make it smaller",
+                )
+            text = file.read(size)
         content = json.loads(text, object_pairs_hook=unique)
     except FileNotFoundError:
-        raise UserError(f"{path}: the file is missing; restore it.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: not valid JSON ({error}); make or download it again."
-        ) from None
+        raise bad("the file is missing", "restore it") from None
+    except OSError as error:
+        cure = cure_of(error)
+        if error.errno == errno.EINVAL:  # a pipe, a device, a folder
+            cure = "put the file itself there"
+        raise bad(f"can't be read ({error.strerror})", cure) from None
+    except UnicodeDecodeError:
+        raise bad("isn't text in UTF-8", "save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise bad(f"not valid JSON ({error})") from None
+    if repeated:
+        raise DataError(repeated, path.parent)
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: holds a {type(content).__name__}, not an object; make "
-            "or download it again."
-        )
+        raise bad(f"holds a {type(content).__name__}, not an object")
     return content
 
 
@@ -147,7 +221,7 @@ def lock_folder(folder: str | Path) -> BaseFileLock | None:
     except Timeout:
         raise UserError(
             f"{folder}: another process is using it; wait until it ends, or "
-            "give another --output_folder."
+            "name another folder."
         ) from None
     except (OSError, NotImplementedError):
         return None
