@@ -122,6 +122,47 @@ def test_a_wrong_file_is_named(tmp_path, text, words):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: 1\n\tb: 2\n", "not valid YAML"),
+        (b"a: \x00\n", "not valid YAML"),
+        (b"a: \xff\n", "not valid YAML"),
+        (b"# " + b"x" * 2**18, "bytes, more than 262,144"),
+        (b"a: " + b"[" * 3000, "recursion"),
+        (b"a: !ref <b>\nb: !ref <a>\n", "a !ref: could not"),
+        (b"a: !include:none.yaml\n", r"none\.yaml: .* can't be read"),
+        (b"a: !new:torch.nn.Linear [1, x]\n", r"a !new:torch\.nn\.Linear: "),
+    ],
+)
+def test_a_bad_file_is_one_sentence(tmp_path, content, words):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        Settings(path).check()
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"\xef\xbb\xbfrate: 0.1\n")
+    assert Settings(tmp_path / "a.yaml").values == {"rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("2020-13-45", "--rate=2020-13-45: not valid YAML"),
+        ("9" * 5000, "--rate=9+: not valid YAML"),
+        ("!apply:os.getcwd", "not valid YAML"),
+        ("yes", "--rate=yes must be a number"),
+    ],
+)
+def test_an_override_that_yaml_refuses_is_blamed_alone(file, value, words):
+    with pytest.raises(UserError, match=words):
+        Settings(file, {"rate": value})
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"b\.yaml: the hyperparameter file"):
         Settings(tmp_path / "b.yaml")
@@ -134,7 +175,7 @@ def test_a_folder_that_an_object_cannot_make_is_named(tmp_path):
         f"    checkpoints_dir: {folder}\n"
     )
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="; name another one") as told:
+    with pytest.raises(UserError, match="; name a folder, not a") as told:
         Settings(path).build()
     assert str(told.value).startswith(f"{folder}: Not a directory")
     path.write_text("port: !apply:socket.create_connection [[localhost, 1]]")
@@ -495,7 +536,9 @@ def test_a_strangers_yaml_runs_nothing(tmp_path, attack, nested):
     path.write_text(f"other: 1\nlayer: {LAYER.format(3)}key: {text}\n")
     with pytest.raises(UserError) as caught:
         Settings.of_run(tmp_path).build_modules(["layer", "key"])
-    assert re.search("isn't a torch module|can't be read", str(caught.value))
+    assert re.search(
+        "isn't a torch module|isn't one of|can't be read", str(caught.value)
+    )
     assert not place.exists()
 
 

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
+from speechbrain.core import RunOptions
+from speechbrain.utils.distributed import ddp_init_group
+
+from spkid.errors import UserError
+
+
+def join_group(options: RunOptions) -> None:
+    """Joins the other processes, if torchrun or Slurm has started several.
+
+    Raises
+    ------
+    UserError
+        If they can't be reached, or the backend can't be used.
+
+    Example
+    -------
+    >>> join_group(RunOptions())
+    """
+    try:
+        ddp_init_group(options)
+    except (ValueError, RuntimeError) as error:
+        why = str(error).strip().splitlines()[-1].rstrip(".!")
+        raise UserError(
+            f"The processes can't form a group ({why}); check MASTER_ADDR, "
+            "MASTER_PORT, RANK, LOCAL_RANK and WORLD_SIZE, or give another "
+            "--distributed_backend, as gloo."
+        ) from None
 
 
 def rank() -> int:
@@ -51,20 +76,3 @@ def gather(value: Any) -> list:
     values = [None] * world_size()
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-@contextmanager
-def first_process_first() -> Iterator[None]:
-    """Lets the first process finish before the others begin.
-
-    Example
-    -------
-    >>> with first_process_first():
-    ...     "the first one writes what the others then find"
-    'the first one writes what the others then find'
-    """
-    if rank() > 0:
-        torch.distributed.barrier()
-    yield
-    if rank() == 0 and world_size() > 1:
-        torch.distributed.barrier()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
+import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,12 +22,16 @@ CURES = {
     errno.EACCES: "change its permissions, or name another place",
     errno.EPERM: "change its permissions, or name another place",
     errno.EROFS: "name a place that can be written",
+    errno.ENOENT: "name a place that exists",
     errno.ENOTDIR: "name a folder, not a file",
     errno.EEXIST: "name a folder, not a file",
     errno.EISDIR: "name a file, not a folder",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "close other programs, or raise the limit of open files",
+    errno.EAGAIN: "close other programs, or raise their limit (ulimit -u)",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EBUSY: "close what is using it",
     errno.EIO: "check the disk",
     errno.ESTALE: "mount the file system again",
     errno.ENOMEM: "free some memory",
@@ -174,8 +182,9 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     """Runs a command's main function and ends the process as users expect.
 
     A :class:`UserError` or an error of the system, as a full disk, is one
-    sentence with exit code 1; Ctrl-C exits with 130. Anything else is a bug
-    of ours and keeps its traceback.
+    sentence with exit code 1; Ctrl-C exits with 130, and with 141 whoever
+    writes to a reader that has gone, as ``head``. Anything else is a bug of
+    ours and keeps its traceback.
 
     Arguments
     ---------
@@ -188,13 +197,30 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     """
     # A full disk would cost a traceback for each line of a log.
     logging.raiseExceptions = False
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        # A script's first lines, for the time of its imports.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name may have letters that a terminal hasn't.
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
+        if sys.stdout:
+            sys.stdout.flush()
     except UserError as error:
-        # One of a loader's worker arrives with the worker's traceback.
-        sentence = re.split(r"spkid\.errors\.\w+: ", str(error))[-1]
-        sys.exit(f"Error: {sentence.strip()}")
+        sys.exit(f"Error: {_last_message(error)}")
+    except MemoryError:
+        sys.exit(
+            "Error: the memory is full; close other programs, or give smaller "
+            "sizes, as --batch_size or --max_frames_per_batch."
+        )
+    except BrokenPipeError:
+        if not _silence():
+            raise
+        sys.exit(141)
     except OSError as error:
+        error = _of_worker(error)
         if error.errno not in CURES:
             raise
         sys.exit(
@@ -204,3 +230,37 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         )
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _last_message(error: Exception) -> str:
+    """An error's message; one of a loader's worker arrives as a text with the
+    worker's traceback, or several."""
+    start = rf"^(?:[\w.]+\.)?{type(error).__name__}: "
+    return re.split(start, str(error), flags=re.MULTILINE)[-1].strip()
+
+
+def _of_worker(error: OSError) -> OSError:
+    """An error of the system that arrives as a text from a loader's worker."""
+    pattern = r"\[Errno (\d+)\] (.*?)(?:: '(.*)')?$"
+    if error.errno or not (
+        found := re.match(pattern, _last_message(error), re.DOTALL)
+    ):
+        return error
+    number, words, name = found.groups()
+    return OSError(int(number), words, name)
+
+
+def _silence() -> bool:
+    """Whether what a command prints has no reader; later words are dropped,
+    also those at the interpreter's end."""
+    if not hasattr(select, "poll"):  # Windows, which has no such error
+        return False
+    lost = False
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        poll = select.poll()
+        poll.register(stream, 0)  # for errors alone
+        if poll.poll(0):
+            lost = True
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+    return lost

@@ -184,7 +184,7 @@ def read_json(path: str | Path, inside: bool = False) -> dict:
     return content
 
 
-def lock_folder(folder: str | Path) -> BaseFileLock | None:
+def lock_folder(folder: str | Path, key: str = "") -> BaseFileLock | None:
     """Reserves a folder for this process while the returned lock lives.
 
     Two runs in one folder would both write checkpoints of the same epochs.
@@ -195,6 +195,8 @@ def lock_folder(folder: str | Path) -> BaseFileLock | None:
     ---------
     folder : str or pathlib.Path
         Is made if it is missing.
+    key : str
+        The option that names it.
 
     Returns
     -------
@@ -221,7 +223,7 @@ def lock_folder(folder: str | Path) -> BaseFileLock | None:
     except Timeout:
         raise UserError(
             f"{folder}: another process is using it; wait until it ends, or "
-            "name another folder."
+            + (f"give another --{key}." if key else "name another folder.")
         ) from None
     except (OSError, NotImplementedError):
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import io
-import pydoc
 from collections.abc import Iterable
 from math import inf
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 import ruamel.yaml
 import torch
 from hyperpyyaml import load_hyperpyyaml, resolve_references
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
-from spkid.errors import FULL, UserError, one_of
+from spkid.errors import FULL, UserError, cure_of, one_of
 from spkid.keys import (
     DECIDED_BY_DATA,
     FLAG,
@@ -29,12 +28,21 @@ from spkid.keys import (
     TRAINED,
     Range,
 )
+from spkid.trust import (
+    MAX_VALUES,
+    PLAIN_TAGS,
+    build_modules,
+    check_nodes,
+    count_values,
+    one_line,
+    read_bounded,
+)
 
+MAX_BYTES = 2**18  # of a YAML file; ours have 7 KB
+OUTDATED = (
+    "the folder was written by an older version or another program: train again"
+)
 LESS = "\ue000"  # stands for "<" in a text that holds no reference
-PLAIN_TAGS = {
-    f"tag:yaml.org,2002:{kind}"
-    for kind in ("str", "int", "float", "bool", "null", "map", "seq")
-} | {"!tuple"}
 
 
 class Settings:
@@ -70,24 +78,27 @@ class Settings:
     ) -> None:
         self.path = Path(path)
         try:
-            with open(path, encoding="utf-8") as file:
-                known = _values(file.read())
-                self.overrides = {
-                    key: self._read(key, value, known)
-                    for key, value in (overrides or {}).items()
-                }
-                file.seek(0)  # the file itself says where !include looks
-                resolved = resolve_references(file, _hide(self.overrides))
+            text = _read_text(path)
+            known = _values(text)
+            self.overrides = {
+                key: self._read(key, value, known)
+                for key, value in (overrides or {}).items()
+            }
+            file = io.StringIO(text)
+            file.name = str(path)  # for !include
+            resolved = resolve_references(file, _hide(self.overrides))
             self._set_text(resolved.getvalue().replace(LESS, "<"))
         except OSError as error:
             raise UserError(
-                f"{path}: the hyperparameter file can't be read "
-                f"({error.strerror}); hparams/ holds those there are."
+                f"{error.filename or path}: the hyperparameter file can't be "
+                f"read ({one_line(error)}); hparams/ holds those there are."
             ) from None
         except UserError:
             raise
         except Exception as error:  # of YAML, of a reference
-            raise UserError(f"{path}: not valid YAML ({error}).") from None
+            raise UserError(
+                f"{path}: not valid YAML ({one_line(error)})."
+            ) from None
 
     @classmethod
     def of_run(cls, folder: str | Path) -> Settings:
@@ -96,12 +107,14 @@ class Settings:
         settings.path = Path(folder) / "hyperparams.yaml"
         settings.overrides = {}
         try:
-            settings._set_text(settings.path.read_text(encoding="utf-8"))
-        except (OSError, ruamel.yaml.YAMLError, ValueError) as error:
+            settings._set_text(_read_text(settings.path))
+        except Exception as error:  # ruamel.yaml has many for a bad file
             raise UserError(
-                f"{settings.path}: can't be read ({error}); name the "
-                "--output_folder of a finished run."
+                f"{settings.path}: can't be read ({one_line(error)}); name the "
+                "--output_folder of a finished run, or write it again with "
+                "train.py --test_only."
             ) from None
+        settings._check_each()
         return settings
 
     def replace(self, **overrides: Any) -> Settings:
@@ -135,7 +148,7 @@ class Settings:
             return value
         try:
             read = ruamel.yaml.YAML(typ="safe", pure=True).load(value)
-        except ruamel.yaml.YAMLError:
+        except Exception:  # ruamel.yaml has more than its own
             raise UserError(f"--{key}={value}: not valid YAML.") from None
         if isinstance(allowed, Range):
             allowed.check(read, f"--{key}")
@@ -161,12 +174,7 @@ class Settings:
         needed : iterable of str
             Keys that the file must have.
         """
-        for key in needed:
-            if key not in self.values:
-                raise UserError(
-                    f"{self.path}: key '{key}' is missing; add it, as in "
-                    "hparams/conformer.yaml."
-                )
+        self.need(needed, "add it, as in hparams/conformer.yaml")
         for key in DECIDED_BY_DATA:
             if key in self.overrides:
                 raise UserError(f"--{key} is set by the data; remove it.")
@@ -174,7 +182,7 @@ class Settings:
         self._check_together(n_processes)
         for key in TRAINED:
             if key in self._nodes:  # what can't be loaded isn't trained
-                _check_only_modules(self._nodes[key], self.path)
+                check_nodes(self._nodes[key], f"{self.path}: {key}", trust=True)
         with torch.random.fork_rng(devices=[]):
             self.build(
                 key
@@ -182,6 +190,12 @@ class Settings:
                 if not key.startswith("__")
                 and not (key in KEYS and KEYS[key].allowed == OBJECT)
             )
+
+    def need(self, keys: Iterable[str], cure: str) -> None:
+        """Raises UserError if the file lacks a key."""
+        for key in keys:
+            if key not in self.values:
+                raise UserError(f"{self.path}: key '{key}' is missing; {cure}.")
 
     def _check_each(self) -> None:
         """Each value against the table of keys."""
@@ -236,44 +250,65 @@ class Settings:
         UserError
             If an object refuses its values, or can't make its folder.
         """
-        text = self.text
-        if keys is not None:
-            text = _serialize({key: self._nodes[key] for key in keys})
+        chosen = self._nodes if keys is None else dict.fromkeys(keys)
         try:
-            return load_hyperpyyaml(text) if text else {}
+            return self._load(chosen)
         except OSError as error:
             if error.errno in FULL:
                 raise
+            what = error.strerror or one_line(error)
             raise UserError(
-                f"{error.filename}: {error.strerror}; name another one."
+                f"{error.filename}: {what}; {cure_of(error)}."
                 if error.filename
-                else f"{self.path}: {error}"
+                else f"{self.path}: {what}."
             ) from None
         except Exception as error:  # whatever an object says of its values
-            raise UserError(f"{self.path}: {error}") from None
+            key = next(filter(self._fails, chosen), "")
+            raise UserError(
+                f"{self.path}: {key} {self._nodes[key].tag}: {one_line(error)}."
+                if key
+                else f"{self.path}: {one_line(error)}."
+            ) from None
 
-    def build_modules(self, keys: Iterable[str]) -> dict[str, torch.nn.Module]:
+    def _load(self, keys: Iterable[str]) -> dict[str, Any]:
+        """The objects of some keys, as HyperPyYAML makes them."""
+        text = _serialize({key: self._nodes[key] for key in keys})
+        return load_hyperpyyaml(text) if self._nodes else {}
+
+    def _fails(self, key: str) -> bool:
+        """Whether the object of a key can't be made."""
+        try:
+            self._load([key])
+        except Exception:
+            return True
+        return False
+
+    def build_modules(
+        self, keys: Iterable[str], trust: bool = False
+    ) -> dict[str, torch.nn.Module]:
         """Makes torch modules, and calls nothing else that the file names.
 
         So a stranger's file can't run code. No random number is drawn.
 
+        Arguments
+        ---------
+        keys : iterable of str
+            Of the modules.
+        trust : bool
+            Whether the file may name any torch module that is installed, as
+            one of its author's, instead of ours, SpeechBrain's and PyTorch's
+            layers alone. Importing it runs its code.
+
         Raises
         ------
         UserError
-            If a key is missing, or names anything but a torch module.
+            If a key is missing, or names anything but such a module.
         """
-        nodes = {}
-        for key in keys:
-            if key not in self._nodes:
-                raise UserError(
-                    f"{self.path}: key '{key}' is missing; the folder was "
-                    "written by an older version or another program: train "
-                    "again."
-                )
-            nodes[key] = self._nodes[key]
-            _check_only_modules(nodes[key], self.path)
+        keys = list(keys)
+        self.need(keys, OUTDATED)
+        nodes = {key: self._nodes[key] for key in keys}
         with torch.random.fork_rng(devices=[]):
-            return self.build(nodes)
+            return build_modules(nodes, self.path, trust)
 
     def fixed(self, test_only: bool = False) -> dict[str, Any]:
         """What a resumed run may not change: plain values, and "yaml " with a
@@ -313,14 +348,23 @@ class _Reader(ruamel.yaml.constructor.SafeConstructor):
 _Reader.add_multi_constructor("!", lambda *_: None)
 
 
+def _read_text(path: str | Path) -> str:
+    """A YAML file's text."""
+    return read_bounded(path, MAX_BYTES).decode("utf-8-sig")
+
+
 def _values(text: str) -> dict[str, Any]:
     """Keys and plain values of a YAML text."""
     reader = ruamel.yaml.YAML(typ="safe", pure=True)
     reader.Constructor = _Reader
-    values = reader.load(text) or {}
-    if not isinstance(values, dict):
+    root = reader.compose(text)
+    if root is None:
+        return {}
+    if not isinstance(root, MappingNode):
         raise ValueError("it must hold keys and values")
-    return values
+    if count_values(root) > MAX_VALUES:  # merging them would take for ever
+        raise ValueError(f"more than {MAX_VALUES:,} values, aliases included")
+    return reader.constructor.construct_document(root)
 
 
 def _nodes(text: str) -> dict[str, Node]:
@@ -347,19 +391,3 @@ def _hide(values: dict[str, Any]) -> dict[str, Any]:
         key: value.replace("<", LESS) if isinstance(value, str) else value
         for key, value in values.items()
     }
-
-
-def _check_only_modules(node: Node, path: Path) -> None:
-    """Raises UserError if a node names anything but torch modules."""
-    if node.tag not in PLAIN_TAGS:
-        kind, _, name = str(node.tag).partition(":")
-        made = pydoc.locate(name) if kind in ("!new", "!name") else None
-        if not (isinstance(made, type) and issubclass(made, torch.nn.Module)):
-            raise UserError(
-                f"{path}: {node.tag} isn't a torch module that is installed "
-                "here; a trained system is made of nothing else."
-            )
-    if isinstance(node, MappingNode | SequenceNode):
-        for child in node.value:
-            for one in child if isinstance(child, tuple) else (child,):
-                _check_only_modules(one, path)

@@ -19,12 +19,15 @@ import json
 import os
 import re
 import shutil
+import signal
 import tempfile
 import threading
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -237,7 +240,8 @@ class _Session:
 
 
 def _start_worker() -> None:
-    """Uses one core, and exits when the parent ends or is killed."""
+    """Uses one core; exits with the parent, which Ctrl-C is for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow_parent() -> None:
         parent_process().join()
@@ -248,13 +252,7 @@ def _start_worker() -> None:
 
 
 def _record_speaker(
-    folder: Path,
-    seed: int,
-    n_sessions: int,
-    n_sentences: int,
-    number: int,
-    name: str,
-    voice: str,
+    folder, seed, n_sessions, n_sentences, number, name, voice
 ) -> list[tuple[int, dict]]:
     """Writes one speaker's files; returns each one's (session, entry)."""
     rng = np.random.default_rng([seed, 1, number])
@@ -266,14 +264,9 @@ def _record_speaker(
     for session in range(n_sessions + 1):
         rng = np.random.default_rng([seed, 2, number, session])
         occasion = _Session(rng)
+        manner = rate * occasion.rate, pitch + occasion.pitch, pitch_range
         for i in range(n_sentences + (session == n_sessions)):
-            speech = espeak.speak(
-                next(texts),
-                voice,
-                rate * occasion.rate,
-                pitch + occasion.pitch,
-                pitch_range,
-            )
+            speech = espeak.speak(next(texts), voice, *manner)
             speech = resample_poly(speech, SAMPLE_RATE, espeak.sample_rate)
             waveform = torch.from_numpy(occasion.record(speech, rng))
             features = waveform_to_features(waveform, SAMPLE_RATE, logmel)
@@ -346,7 +339,7 @@ def build(
     Raises
     ------
     UserError
-        If espeak-ng is missing, or the folder holds other files.
+        If espeak-ng is missing, or the folder can't be written or has files.
 
     Example
     -------
@@ -365,11 +358,30 @@ def build(
             "new folder."
         )
     Espeak()  # report a missing library before any work
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(
-        tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent)
-    )
+    target = Path(os.path.realpath(folder))  # a link stays
+    part = target.with_name(f"{target.name}.part-{uuid4().hex}")
+    try:
+        part.mkdir(parents=True)
+        _record(part, seed, n_speakers, n_sessions, n_sentences, progress)
+        if target.exists():
+            target.rmdir()  # it is empty; Windows can't rename onto a folder
+        part.rename(target)
+    except (OSError, BrokenProcessPool) as error:
+        # Another process may have built it first.
+        if not (target / "metadata.json").is_file():
+            why = getattr(error, "strerror", None) or "a process was killed"
+            raise UserError(
+                f"{folder}: the mini corpus can't be built there ({why}); run "
+                "`python recipes/ML2022hw4/mini_corpus.py FOLDER` with another "
+                "folder, and give it as --data_folder."
+            ) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
 
+
+def _record(folder, seed, n_speakers, n_sessions, n_sentences, progress):
+    """Writes the corpus into an empty folder, each speaker in a process."""
     rng = np.random.default_rng([seed, 0])
     numbers = rng.choice(np.arange(10, 10000), n_speakers, replace=False)
     speakers = [f"id{number:05d}" for number in np.sort(numbers)]
@@ -379,7 +391,7 @@ def build(
         f"{accents[i % len(accents)]}+{variants[i % len(variants)]}"
         for i in range(n_speakers)
     ]
-    record = partial(_record_speaker, part, seed, n_sessions, n_sentences)
+    record = partial(_record_speaker, folder, seed, n_sessions, n_sentences)
     with ProcessPoolExecutor(
         min(os.cpu_count() or 1, n_speakers, 32),
         mp_context=get_context("spawn"),
@@ -388,18 +400,10 @@ def build(
         results = pool.map(record, range(n_speakers), speakers, voices)
         bar = tqdm(results, "Mini corpus", n_speakers, disable=not progress)
         recordings = list(bar)
-
     recorded = dict(zip(speakers, recordings, strict=True))
     for name, table in _tables(recorded, n_sessions, rng).items():
         text = json.dumps(table, indent=2) + "\n"
-        (part / f"{name}.json").write_text(text, encoding="utf-8")
-    if folder.exists():
-        folder.rmdir()  # it is empty; Windows can't rename onto a folder
-    try:
-        part.rename(folder)
-    except OSError:  # another process built it first
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 def main(arguments: list[str]) -> None:

@@ -2,7 +2,8 @@
 """Reads and checks a data folder in the form of ML2022 HW4, and packs it.
 
 Usage: python ml2022hw4_prepare.py DATA_FOLDER [--on_bad_file stop | skip]
-                                   [--max_bad_share 0.05] [--pack_folder DIR]
+                   [--max_bad_share 0.05] [--speakers all | present]
+                   [--pack_folder DIR] [--pack_dtype float16 | float32]
 
 ``train.py`` does the same before it trains. Nothing is trusted: no file is
 unpickled, no path may leave the folder, every number is checked before it is
@@ -12,18 +13,16 @@ used. All problems are reported at once.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import re
-import stat
-from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from spkid.data import (
+    DTYPES,
     POLICIES,
     Corpus,
     FeatureFiles,
@@ -31,9 +30,12 @@ from spkid.data import (
     Utterance,
     check_feature_files,
     leave_out,
+    missing,
     open_features,
 )
-from spkid.errors import Problem, UserError, raise_for, run_command, table
+from spkid.data.corpus import SPEAKERS, without_utterance
+from spkid.errors import DataError, Problem, raise_for, run_command, table
+from spkid.files import read_json
 
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "data"
 NEEDED = (
@@ -41,6 +43,7 @@ NEEDED = (
     "testdata.json"
 )
 MAX_FRAMES, MAX_MELS = 10_000_000, 10_000  # 28 hours; beyond any front end
+MAX_NAME = 1_000
 # Line breaks, NUL and half characters would break the text files of a run.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 AGAIN = "make or download it again"
@@ -58,8 +61,9 @@ class _Reader:
     """Reads a data folder and collects what is wrong: in ``problems``, or in
     ``bad`` what concerns a feature file alone, which can be skipped."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, need_all: bool) -> None:
         self.folder, self.n_mels = folder, 0
+        self.need_all = need_all  # whether each speaker must have utterances
         self.speakers: tuple[str, ...] = ()  # by class index
         self.problems: list[Problem] = []
         self.bad: list[Problem] = []
@@ -69,30 +73,16 @@ class _Reader:
         self.problems.append(Problem(file, entry, what, cure))
 
     def json(self, file: str) -> dict | None:
-        """An object whose keys are unique."""
-
-        def unique(pairs: list[tuple[str, Any]]) -> dict:
-            counts = Counter(key for key, _ in pairs)
-            for key, count in counts.items():
-                if count > 1:
-                    entry = f"key {_short(key)}"
-                    self.wrong(file, entry, "appears twice", "keep one")
-            return dict(pairs)
-
+        """An object whose keys are unique; None if there is none."""
+        path = self.folder / file
         try:
-            text = (self.folder / file).read_text(encoding="utf-8")
-            content = json.loads(text, object_pairs_hook=unique)
-        except FileNotFoundError:
-            self.wrong(file, "", "the file is missing", NEEDED)
-            return None
-        except (OSError, ValueError, RecursionError) as error:
-            self.wrong(file, "", f"not valid JSON ({error})", AGAIN)
-            return None
-        if not isinstance(content, dict):
-            what = f"holds {KINDS[type(content)]}, not an object"
-            self.wrong(file, "", what, AGAIN)
-            return None
-        return content
+            return read_json(path, inside=True)
+        except DataError as error:
+            problems = error.problems
+        if not os.path.lexists(path) and problems[0].what.endswith("missing"):
+            problems = [problems[0]._replace(cure=NEEDED)]
+        self.problems += problems
+        return None
 
     def value(
         self, content: dict, key: str, kind: type, file: str, where: str = ""
@@ -110,9 +100,11 @@ class _Reader:
 
     def name(self, text: str, what: str, file: str) -> bool:
         """Whether a speaker or a file can have this name."""
-        if text and not UNPRINTABLE.search(text):
+        wrong = "has control characters" if UNPRINTABLE.search(text) else ""
+        if not 0 < len(text) <= MAX_NAME:
+            wrong = f"has {len(text):,} characters, not 1 to {MAX_NAME:,}"
+        if not wrong:
             return True
-        wrong = "has control characters" if text else "is empty"
         self.wrong(file, f"{what} {_short(text)}", wrong, "rename it")
         return False
 
@@ -169,30 +161,35 @@ class _Reader:
         else:
             self.n_mels = n_mels
 
-    def utterance(
-        self, entry: Any, speaker: str | None, file: str, where: str = ""
+    def utterances(
+        self, entries: list, speaker: str | None, file: str
     ) -> list[Utterance]:
-        """The utterance of a list's entry; none if the entry is wrong."""
-        if not isinstance(entry, dict):
-            entry = f"{where}{_short(entry)}"
-            self.wrong(file, entry, "is not an object", AGAIN)
-            return []
-        path = self.value(entry, "feature_path", str, file, where)
-        length = self.value(entry, "mel_len", int, file, where)
-        if path is None or length is None:
-            return []
-        shown = f"{where}feature_path {_short(path)}"
-        parts = PurePosixPath(path.replace("\\", "/")).parts
-        if not parts or path[0] in "/\\" or ".." in parts or ":" in parts[0]:
-            cure = "give a path inside it"
-            self.wrong(file, shown, "leaves the data folder", cure)
-        elif not 0 < length < MAX_FRAMES:
-            shown = f"{where}mel_len of {_short(path)}"
-            cure = "give the number of frames"
-            self.wrong(file, shown, f"is {_short(length)}", cure)
-        elif self.name(path, f"{where}feature_path", file):
-            return [Utterance(path, length, speaker)]
-        return []
+        """The utterances of a list, without the entries that are wrong."""
+        found = []
+        whose = "" if speaker is None else f"{_short(speaker)}, "
+        for number, entry in enumerate(entries, 1):
+            where = f"{whose}utterance {number} of {len(entries)}"
+            if not isinstance(entry, dict):
+                what = f"is {_short(entry)}, not an object"
+                self.wrong(file, where, what, AGAIN)
+                continue
+            if isinstance(entry.get("feature_path"), str):
+                where += f" ({_short(entry['feature_path'])})"
+            where += ": "
+            path = self.value(entry, "feature_path", str, file, where)
+            length = self.value(entry, "mel_len", int, file, where)
+            if path is None or length is None:
+                continue
+            parts = PurePosixPath(path.replace("\\", "/")).parts
+            if not parts or ".." in parts or re.search("[/:]", parts[0]):
+                what, cure = "leaves the data folder", "give a path inside it"
+                self.wrong(file, f"{where}the path", what, cure)
+            elif not 0 < length < MAX_FRAMES:
+                what, cure = f"is {_short(length)}", "give the number of frames"
+                self.wrong(file, f"{where}key 'mel_len'", what, cure)
+            elif self.name(path, f"{where}feature_path", file):
+                found.append(Utterance(path, length, speaker))
+        return found
 
     def labelled(self, metadata: dict) -> list[Utterance]:
         """The training utterances, of each speaker at least one."""
@@ -202,23 +199,22 @@ class _Reader:
             return []
         for speaker in listed:
             self.known(speaker, file)
-            for entry in self.value(listed, speaker, list, file) or ():
-                where = f"{_short(speaker)}: "
-                found += self.utterance(entry, speaker, file, where)
-        for speaker in self.speakers:
-            if listed.get(speaker, []) == []:
-                what = "of mapping.json has no utterance"
-                cure = "add some, or remove it from mapping.json"
-                self.wrong(file, f"speaker {_short(speaker)}", what, cure)
+            entries = self.value(listed, speaker, list, file) or []
+            found += self.utterances(entries, speaker, file)
+        absent = [n for n in self.speakers if listed.get(n, []) == []]
+        total = len(self.speakers)
+        if absent and (self.need_all or len(absent) == total):
+            self.problems.append(without_utterance(file, absent, total))
         return found
 
     def test(self, testdata: dict) -> list[Utterance]:
         """The test utterances, with their speakers if these are known."""
-        file, found = "testdata.json", []
-        for entry in self.value(testdata, "utterances", list, file) or ():
-            found += self.utterance(entry, None, file)
-        file = "testlabels.json"
-        labels = self.json(file) if (self.folder / file).exists() else None
+        file = "testdata.json"
+        entries = self.value(testdata, "utterances", list, file) or []
+        found = self.utterances(entries, None, file)
+        file, labels = "testlabels.json", None
+        if os.path.lexists(self.folder / file):
+            labels = self.json(file)
         if labels is None:
             return found
         for number, utterance in enumerate(found):
@@ -231,22 +227,21 @@ class _Reader:
     def files(self, found: list[Utterance], listed: str) -> list[Utterance]:
         """Those whose file is there, once, and inside the folder, wherever
         links lead; only these are ever opened."""
+        strange = [u.path for u in found if not missing.can_be_named(u.path)]
+        if strange:
+            entry = f"feature_path {_short(strange[0])} (1 of {len(strange)})"
+            what = "can't be named in this system's locale"
+            self.wrong(listed, entry, what, missing.IN_UTF8)
+            return []
         root, resolve = os.path.realpath(self.folder), cache(os.path.realpath)
         there = []
         for utterance in found:
             file = os.path.normpath(os.path.join(root, utterance.path))
             parent, base = os.path.split(file)
             real = os.path.join(resolve(parent), base)
-            try:
-                info = os.lstat(real)
-                if stat.S_ISLNK(info.st_mode):
-                    real = os.path.realpath(real)
-                    info = os.stat(real)
-                size = info.st_size if stat.S_ISREG(info.st_mode) else None
-            except OSError:
-                size = None
+            real, what, cure = missing.look_at(real)
             entry = f"feature_path {_short(utterance.path)}"
-            if os.path.commonpath((root, real)) != root:
+            if not f"{real}{os.sep}".startswith(os.path.join(root, "")):
                 what = "is a link that leaves the data folder"
                 self.wrong(listed, entry, what, "copy the file into it")
             elif real in self.seen:
@@ -257,19 +252,19 @@ class _Reader:
                 if path != utterance.path:
                     what += f", once as {_short(path)}"
                 self.wrong(listed, entry, what, "keep one")
-            elif size:
-                there.append(utterance)
-            else:
-                what = "is missing" if size is None else "has no bytes"
-                what = f"the feature file {what}"
-                cure = "download it again, or remove its entry"
+            elif what:
                 self.bad.append(Problem(utterance.path, "", what, cure))
+            else:
+                there.append(utterance)
             self.seen.setdefault(real, (utterance.path, listed))
         return there
 
 
 def read_corpus(
-    folder: str | Path, test_only: bool = False, on_bad_file: str = "stop"
+    folder: str | Path,
+    test_only: bool = False,
+    on_bad_file: str = "stop",
+    speakers: str = "all",
 ) -> tuple[Corpus, list[Problem]]:
     """Reads and checks the JSON files of a data folder.
 
@@ -281,8 +276,8 @@ def read_corpus(
         known.
     test_only : bool
         Whether metadata.json and its files are ignored.
-    on_bad_file : str
-        "stop" or "skip", as for :func:`spkid.data.leave_out`.
+    on_bad_file, speakers : str
+        As for :func:`spkid.data.leave_out`.
 
     Returns
     -------
@@ -298,9 +293,8 @@ def read_corpus(
         so that no problem is left for the next attempt.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; {NEEDED}.")
-    reader = _Reader(folder)
+    missing.check_folder(folder, NEEDED)
+    reader = _Reader(folder, speakers == "all")
     reader.read_speakers()
     labelled, test = [], []
     metadata = None if test_only else reader.json("metadata.json")
@@ -312,6 +306,9 @@ def read_corpus(
         test = reader.test(testdata)
     there = reader.files(labelled, "metadata.json")
     there += reader.files(test, "testdata.json")
+    paths = [utterance.path for utterance in labelled + test]
+    reader.bad, none_there = missing.explain(reader.bad, folder, paths)
+    reader.problems += none_there
     if reader.problems or (reader.bad and on_bad_file == "stop"):
         if reader.n_mels:
             reader.bad += check_feature_files(folder, there, reader.n_mels)
@@ -328,6 +325,7 @@ def prepare(
     pack_dtype: str = "float16",
     on_bad_file: str = "stop",
     max_bad_share: float = 0.05,
+    speakers: str = "all",
     test_only: bool = False,
 ) -> tuple[Corpus, PackedFeatures | FeatureFiles]:
     """A data folder's corpus and features, without the files that are skipped.
@@ -340,19 +338,20 @@ def prepare(
         Where packs are kept; None: data/packs of this project.
     pack, pack_dtype
         As for :func:`spkid.data.open_features`.
-    on_bad_file, max_bad_share
+    on_bad_file, max_bad_share, speakers
         As for :func:`spkid.data.leave_out`.
     """
-    corpus, problems = read_corpus(data_folder, test_only, on_bad_file)
-    corpus = leave_out(corpus, problems, on_bad_file, max_bad_share)
-    features, problems = open_features(
+    policy = on_bad_file, max_bad_share, speakers
+    corpus, bad = read_corpus(data_folder, test_only, on_bad_file, speakers)
+    corpus = leave_out(corpus, bad, *policy)
+    features, bad = open_features(
         corpus,
         pack_folder or DEFAULT_DATA / "packs",
         pack=pack,
         pack_dtype=pack_dtype,
         check=on_bad_file == "skip",
     )
-    corpus = leave_out(corpus, problems, on_bad_file, max_bad_share)
+    corpus = leave_out(corpus, bad, *policy)
     if isinstance(features, PackedFeatures):
         _warn_of_copies(corpus, features)
     return corpus, features
@@ -370,9 +369,7 @@ def _warn_of_copies(corpus: Corpus, pack: PackedFeatures) -> None:
         logging.getLogger(__name__).warning(
             "%s: %d feature files hold what another one holds (%s, ...); "
             "copies make the measured accuracy too optimistic.",
-            corpus.folder,
-            len(copies),
-            copies[0],
+            *(corpus.folder, len(copies), copies[0]),
         )
 
 
@@ -384,7 +381,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("data_folder", type=Path)
     parser.add_argument("--on_bad_file", choices=POLICIES, default="stop")
     parser.add_argument("--max_bad_share", type=float, default=0.05)
+    parser.add_argument("--speakers", choices=SPEAKERS, default="all")
     parser.add_argument("--pack_folder", type=Path)
+    parser.add_argument("--pack_dtype", choices=DTYPES, default="float16")
     corpus, features = prepare(**vars(parser.parse_args(arguments)))
     if corpus.skipped:
         print(f"Skipped:\n{table(corpus.skipped)}")

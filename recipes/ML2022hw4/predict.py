@@ -2,12 +2,13 @@
 """Says who speaks in test utterances, with a finished run.
 
 Usage: python predict.py OUTPUT_FOLDER [--data_folder DIR] [--submission FILE]
-                         [--device cpu]
+                         [--device cpu] [--trust]
 
 Without --data_folder, OUTPUT_FOLDER/submission.csv is written again. With it,
 the utterances of DIR's testdata.json are scored and their speakers written to
 OUTPUT_FOLDER/submission-DIR.csv; DIR needs the mapping.json that the run was
-trained with.
+trained with. --trust lets the run name classes of others, as a pooling of your
+own; importing them runs their code.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import argparse
 import csv
 import io
 import logging
+import os
 from collections import Counter
+from hashlib import blake2b
 from pathlib import Path
 
 from speechbrain.core import RunOptions
@@ -24,9 +27,9 @@ from speechbrain.core import RunOptions
 from ml2022hw4_prepare import prepare
 from spkid.data import Corpus, manifest
 from spkid.errors import UserError, run_command
-from spkid.evaluation import Evaluation, expect
-from spkid.files import read_json, save_atomically
-from spkid.hparams import Settings
+from spkid.evaluation import Evaluation, expect, load_validation
+from spkid.files import save_atomically
+from spkid.hparams import OUTDATED, Settings
 from spkid.inference import SpeakerIdentifier
 from spkid.run_options import check_run_options
 from spkid.training.run import expectation_line
@@ -64,16 +67,13 @@ def write_submission(
     save_atomically(text.getvalue(), path)
 
 
-def load_validation(folder: Path, scoring: dict) -> Evaluation | None:
-    """What a run's system says of its held-out utterances; None where nothing
-    was kept, or was scored in another way than ``scoring`` (from the run's
-    settings), as after a ``--test_only`` that didn't reach its end."""
-    paths = folder / "results.json", folder / "evaluation.npz"
-    if not all(path.exists() for path in paths):
-        return None
-    if read_json(paths[0]).get("scored_by") != scoring:
-        return None
-    return Evaluation.load(paths[1])
+def default_name(corpus: Corpus, other: bool) -> str:
+    """The name of the CSV: other data's folder is in it, long ones cut."""
+    name = corpus.folder.resolve().name
+    if len(os.fsencode(name)) > 200:
+        digest = blake2b(os.fsencode(name), digest_size=4).hexdigest()
+        name = f"{name[:40]}-{digest}"
+    return f"submission-{name}.csv" if other else "submission.csv"
 
 
 def main(arguments: list[str]) -> None:
@@ -85,13 +85,23 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data_folder", type=Path)
     parser.add_argument("--submission", type=Path)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trust", action="store_true")
     args = parser.parse_args(arguments)
     check_run_options(RunOptions(device=args.device))
-    identifier = SpeakerIdentifier.from_run(args.output_folder, args.device)
+    identifier = SpeakerIdentifier.from_run(
+        args.output_folder, args.device, args.trust
+    )
     settings = Settings.of_run(args.output_folder)
-    run, other = settings.values, args.data_folder is not None
-    validated = load_validation(args.output_folder, settings.scoring())
     keys = ("pack_folder", "pack_dtype", "on_bad_file", "max_bad_share")
+    settings.need(("data_folder", "pack", *keys), OUTDATED)
+    run, other = settings.values, args.data_folder is not None
+    if not (other or run["data_folder"]):
+        raise UserError(
+            f"{settings.path}: names no data; give the --data_folder."
+        )
+    validated = load_validation(args.output_folder, settings.scoring())
+    if validated and validated.speakers != identifier.speakers:
+        validated = None  # of another run
     corpus, features = prepare(
         args.data_folder or run["data_folder"],
         pack=run["pack"] and not other,  # what is read once needs no pack
@@ -114,14 +124,12 @@ def main(arguments: list[str]) -> None:
             "that the run was trained with."
         )
     tested = identifier.score(features, manifest(corpus.test), "test")
-    name = "submission"
-    if other:
-        name += f"-{corpus.folder.resolve().name}"
-    target = args.submission or args.output_folder / f"{name}.csv"
+    default = args.output_folder / default_name(corpus, other)
+    target = args.submission or default
     write_submission(corpus, tested, target)
     accuracy = tested.accuracy()
     known = "unknown" if accuracy is None else f"{accuracy:.4f}"
-    expected = expect(validated, tested) if validated is not None else None
+    expected = expect(validated, tested) if validated else None
     print(
         f"Test accuracy: {known}\n{expectation_line(expected)}"
         f"{target}: {len(corpus.test_paths)} rows"

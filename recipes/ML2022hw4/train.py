@@ -10,8 +10,7 @@ same command, given again, resumes where it was stopped.
 from __future__ import annotations
 
 import os
-import shutil
-import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,12 +18,7 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from speechbrain.core import RunOptions
-from speechbrain.dataio.dataio import load_data_json
-from speechbrain.utils.distributed import (
-    ddp_init_group,
-    if_main_process,
-    run_on_main,
-)
+from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 import mini_corpus
 from ml2022hw4_prepare import DEFAULT_DATA, prepare
@@ -35,16 +29,24 @@ from spkid.data import (
     label_encoder,
     train_loader,
 )
-from spkid.distributed import first_process_first, rank, world_size
-from spkid.errors import UserError, run_command, table
+from spkid.distributed import rank, world_size
+from spkid.errors import run_command, table
 from spkid.evaluation import Evaluation
-from spkid.files import save_atomically
+from spkid.files import read_json, save_atomically
 from spkid.hparams import Settings
 from spkid.inference import WEIGHTS, SpeakerIdentifier
 from spkid.keys import NEEDED
 from spkid.run_options import check_run_options, parse_arguments
 from spkid.sessions import write_manifests
 from spkid.training import RobustBrain, RunFolder, RunState
+from spkid.training.brain import explained
+from spkid.training.run import (
+    check_start,
+    debug_settings,
+    on_first,
+    readable_log_errors,
+    together,
+)
 
 DEBUG_UTTERANCES = 4
 
@@ -55,6 +57,7 @@ class SpeakerBrain(RobustBrain):
     identifier: SpeakerIdentifier  # of the modules that are trained
     held_out: dict[str, dict]  # the validation's manifest
     run_state: RunState
+    averaged = 0  # checkpoints whose mean the weights are
 
     def compute_forward(self, batch, stage):
         """Log-posteriors [batch, 1, speakers]; a margin in training only."""
@@ -129,7 +132,7 @@ class SpeakerBrain(RobustBrain):
                 figures,
             )
         self.save_epoch(
-            {"epoch": epoch, **figures},
+            figures,
             max_key="accuracy" if self.held_out else "epoch",
             num_to_keep=self.hparams.average_checkpoints,
         )
@@ -152,18 +155,18 @@ class SpeakerBrain(RobustBrain):
 
     def choose_weights(self, features) -> tuple[int, Evaluation]:
         """Loads the mean of the best checkpoints, or the best one, whichever
-        is more accurate on what is held out; says how many, and its scores."""
+        is more accurate on what is held out; gives the count and scores."""
         load = self.checkpointer.load_average
         most = self.hparams.average_checkpoints
         if not self.held_out:
-            load(most, "epoch", WEIGHTS)  # the latest ones
+            self.averaged = load(most, "epoch", WEIGHTS)  # the latest ones
             return most, self.score(features, {}, "")
         found = {}
         for count in sorted({1, most}):
             load(count, "accuracy", WEIGHTS)
             found[count] = self.score(features, self.held_out, "Validation")
         best = max(found, key=lambda n: (found[n].summary()["accuracy"], n))
-        load(best, "accuracy", WEIGHTS)
+        self.averaged = load(best, "accuracy", WEIGHTS)
         return best, found[best]
 
 
@@ -227,22 +230,25 @@ def read_data(values):
 def train(settings: Settings, run_opts: RunOptions) -> None:
     """Prepares, trains, tests, and says where the results are; then, where it
     is wanted, once more on all utterances."""
-    with first_process_first():
-        corpus, features = read_data(settings.values)
+    for first in (True, False):  # the others find what the first one builds
+        with together():
+            if first == (rank() == 0):
+                corpus, features = read_data(settings.values)
     settings = settings.replace(
         n_speakers=len(corpus.speakers),
         n_mels=corpus.n_mels,
         data_folder=os.path.abspath(corpus.folder),
     )
-    run = RunFolder(settings, run_opts, corpus)
+    run = RunFolder(settings, run_opts, corpus, features)
     hparams = settings.build()
-    sb.create_experiment_directory(experiment_directory=str(run.path))
-    sys.excepthook = sys.__excepthook__
+    on_first(run.save_settings)
+    with together(), readable_log_errors(run.path):
+        sb.create_experiment_directory(experiment_directory=str(run.path))
     folder = Path(hparams["manifest_folder"])
-    run_on_main(run.save_settings)
-    run_on_main(write_manifests, [corpus, features, folder, settings.values])
+    on_first(write_manifests, corpus, features, folder, settings.values)
+    # SpeechBrain's load_data_json would format names that have braces.
     manifests = {
-        name: load_data_json(folder / f"{name}.json")
+        name: read_json(folder / f"{name}.json")
         for name in ("train", "valid", "test")
     }
     brain = make_brain(hparams, run_opts, corpus, manifests["valid"])
@@ -252,8 +258,8 @@ def train(settings: Settings, run_opts: RunOptions) -> None:
     brain.train_sampler = train_set.batch_sampler  # is told the epoch
     brain.checkpointer.add_recoverable("dataloader-TRAIN", train_set)
     if not brain.test_only:  # last: settings that fail don't bind the run
-        run_on_main(run.save_identity)
-    run_on_main(announce, [run, corpus, manifests])
+        on_first(run.save_identity)
+    on_first(announce, run, corpus, manifests)
     if brain.distributed_launch:
         # Otherwise all ranks would drop the same units.
         torch.manual_seed(hparams["seed"] + rank())
@@ -263,14 +269,12 @@ def train(settings: Settings, run_opts: RunOptions) -> None:
     averaged, validated = brain.choose_weights(features)
     tested = brain.score(features, manifests["test"], "Test")
     if brain.debug:
-        run_on_main(shutil.rmtree, [run.path])
-        run_on_main(print, ["The debug run has passed; it leaves no results."])
+        on_first(print, "The debug run has passed; it leaves no results.")
         return
-    results = {"averaged_checkpoints": averaged}
-    run_on_main(finish, [run, brain, corpus, validated, tested, results])
+    on_first(finish, run, brain, corpus, validated, tested)
     if not (hparams["final_fit"] and manifests["valid"]):
         return
-    run_on_main(print, ["Training again, on all utterances (final_fit):"])
+    on_first(print, "Training again, on all utterances (final_fit):")
     best = brain.checkpointer.find_checkpoint(max_key="accuracy").meta["epoch"]
     n_train, n_valid = len(manifests["train"]), len(manifests["valid"])
     derived = ("save_folder", "manifest_folder", "train_log")
@@ -298,15 +302,17 @@ def announce(run, corpus, manifests) -> None:
     print(f"Results go to {run.path}", flush=True)
 
 
-def finish(run, brain, corpus, validated, tested, results) -> None:
+def finish(run, brain, corpus, validated, tested) -> None:
     """Writes weights, submission, figures and report; says where."""
     brain.identifier.save(run.path)
     write_submission(corpus, tested, run.path / "submission.csv")
-    results |= {
+    results = {
+        "averaged_checkpoints": brain.averaged,
         "speakers": len(corpus.speakers),
         "parameters": sum(p.numel() for p in brain.identifier.parameters()),
         "epochs": brain.hparams.epoch_counter.current,
         "skipped_steps": brain.skipped_steps,
+        "unsaved_epochs": brain.unsaved_epochs,
         "seconds": round(brain.run_state.seconds, 1),
     }
     run.write_results(results, validated, tested)
@@ -325,20 +331,14 @@ def main(arguments: list[str]) -> None:
         not torch.cuda.is_available()
     ):
         run_opts = replace(run_opts, distributed_backend="gloo")
-    check_run_options(run_opts)
-    ddp_init_group(run_opts)
     settings = Settings(hparams_file, overrides)
+    check_run_options(run_opts, settings.values)
+    ddp_init_group(run_opts)
     settings.check(world_size(), NEEDED)
-    if run_opts.debug:  # its files must not pass for the start of a run
-        debugged = str(Path(settings.values["output_folder"]) / "debug")
-        settings = settings.replace(output_folder=debugged)
-    saved = Path(settings.values["save_folder"])
-    if run_opts.test_only and not any(saved.glob("CKPT*")):
-        raise UserError(
-            f"{saved}: there is no checkpoint to test; train first, or name "
-            "the run's --output_folder."
-        )
-    train(settings, run_opts)
+    check_start(settings, run_opts)
+    own = debug_settings if run_opts.debug else nullcontext
+    with explained(), own(settings) as settings:
+        train(settings, run_opts)
     if torch.distributed.is_initialized():
         # A process that ends first may abort, and end the one that is still
         # writing the results.

@@ -6,14 +6,20 @@ import multiprocessing
 import os
 import random
 import select
+import shutil
+import signal
+import stat
 import subprocess
+import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from corpus import features_of
+from filelock import FileLock
 
 from spkid.data import (
     Corpus,
@@ -23,6 +29,8 @@ from spkid.data import (
     build,
     feature_file,
     open_features,
+    places,
+    processes,
 )
 from spkid.errors import UserError
 
@@ -62,7 +70,7 @@ def opened_files(monkeypatch, tmp_path):
 
 def test_many_processes_write_what_one_writes(many, tmp_path, monkeypatch):
     pack, _ = features_of(many, tmp_path)
-    monkeypatch.setattr(build.sys, "platform", "elsewhere")
+    monkeypatch.setattr(processes.sys, "platform", "elsewhere")
     alone, _ = features_of(many, tmp_path / "alone")
     for key in ("lengths", "offsets", "moments", "checksums", "data"):
         assert np.array_equal(getattr(pack, key), getattr(alone, key))
@@ -79,7 +87,7 @@ def test_a_pack_is_reused_until_a_file_changes(files, tmp_path, monkeypatch):
     assert not opened()
     torch.save(torch.zeros(5, 40), files[0] / "0.pt")
     pack, _ = features_of(files, tmp_path)
-    assert len(opened()) == 7
+    assert len(opened()) == 8  # the one that looks new, then all
     assert (pack.frames(0) == 0).all()
     files[1]["1.pt"] = files[1]["1.pt"][:-1]  # mel_len says otherwise now
     (problem,) = features_of(files, tmp_path)[1]
@@ -134,23 +142,19 @@ def test_a_file_that_can_be_read_again_leads_to_a_rebuild(files, tmp_path):
     assert_close(pack, files, "2.pt")
 
 
-@pytest.mark.parametrize("bad", [0, 1])
-def test_a_pack_of_an_older_version_is_opened_or_rebuilt(files, tmp_path, bad):
-    """It has no key "problems"."""
-    if bad:
-        (files[0] / "2.pt").write_bytes(b"")
-    pack, problems = features_of(files, tmp_path)
+def test_a_pack_of_an_older_version_is_rebuilt(files, tmp_path, caplog):
+    """Its header has no seal."""
+    pack, _ = features_of(files, tmp_path)
     path = pack.file.with_name(build.INDEX)
     with np.load(path) as index:
         content = dict(index)
     header = json.loads(str(content["header"]))
-    del header["problems"]
+    del header["seal"]
     content["header"] = json.dumps(header)
     np.savez(path, **content)
-    before = path.read_bytes()
-    assert features_of(files, tmp_path)[1] == problems
-    assert len(problems) == bad
-    assert (path.read_bytes() == before) == (not bad)
+    found, problems = features_of(files, tmp_path)
+    assert "it is rebuilt" in caplog.text and not problems
+    assert found.digest() == pack.digest()
 
 
 def test_no_pack_is_written_of_bad_files_alone(files, tmp_path):
@@ -248,7 +252,7 @@ def test_a_build_killed_at_any_moment_leaves_no_wrong_pack(many, tmp_path):
     assert_whole(PackedFeatures(folder))
     draw, interrupted = random.Random(0), 0
     for _ in range(10):
-        build.shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         alive, held = os.pipe()
         process = start()
         os.close(held)
@@ -263,7 +267,7 @@ def test_a_build_killed_at_any_moment_leaves_no_wrong_pack(many, tmp_path):
         else:
             interrupted += 1
     assert interrupted
-    build.shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     pack, _ = features_of(many, tmp_path)
     assert_whole(pack)
     assert pack.paths == list(many[1])
@@ -288,33 +292,360 @@ def test_an_interrupted_build_ends_at_once(many, tmp_path, monkeypatch):
     assert not list(packs.iterdir())
 
 
-def test_two_builds_at_once_agree(files, tmp_path, monkeypatch):
-    """The slower one finds the pack that the faster one left."""
-    replace, inner = os.replace, []
+def test_who_comes_second_waits_and_finds_the_pack(
+    files, tmp_path, monkeypatch, caplog
+):
+    opened, second, replace = (
+        opened_files(monkeypatch, tmp_path),
+        [],
+        os.replace,
+    )
 
     def late(source, target):
-        if not inner:
-            inner.append(source)
-            inner.append(features_of(files, tmp_path)[0])
+        """The second one begins while the first one ends."""
+        if not second:
+            second.append(
+                ThreadPoolExecutor().submit(features_of, files, packs)
+            )
+            for _ in range(3000):
+                if "another process builds it; waiting" in caplog.text:
+                    break
+                time.sleep(0.01)
+            else:
+                raise AssertionError("it doesn't wait")
         replace(source, target)
 
+    packs = tmp_path / "packs"
     monkeypatch.setattr(build.os, "replace", late)
-    pack, _ = features_of(files, tmp_path)
-    assert_whole(pack)
-    assert pack.stamps == inner[1].stamps
-    assert list(tmp_path.glob("data-*")) == [pack.file.parent]
+    pack, _ = features_of(files, packs)
+    found, _ = second[0].result(timeout=60)
+    assert_whole(found)
+    assert sorted(opened()) == list(files[1])
+    assert os.listdir(packs) == [found.file.parent.name]
+    assert found.stamp == pack.stamp
 
 
-def test_what_a_kill_left_is_swept_once_it_is_old(files, tmp_path):
+def test_packs_of_both_dtypes_lie_side_by_side(files, tmp_path):
+    half, _ = features_of(files, tmp_path)
+    full, _ = features_of(files, tmp_path, dtype="float32")
+    assert (half.dtype, full.dtype) == ("float16", "float32")
+    assert half.file.exists() and half.file.parent != full.file.parent
+    assert features_of(files, tmp_path)[0].stamp == half.stamp
+
+
+def test_only_what_dead_builds_left_is_swept(files, tmp_path, monkeypatch):
+    """Whatever the clock says; and nothing that no build has made."""
     pack, _ = features_of(files, tmp_path)
     name = pack.file.parent.name
-    build.shutil.rmtree(pack.file.parent)
-    for end, age in (("part-old", 7200), ("part-new", 0)):
-        file = tmp_path / f"{name}.{end}" / build.FRAMES
+    shutil.rmtree(pack.file.parent)
+    parts = [f"{name}.part-1", "dead-x-y.part-2", "alive-x-y.part-3"]
+    for number, part in enumerate(parts):
+        file = tmp_path / part / build.FRAMES
         file.parent.mkdir()
         file.write_bytes(b"x")
-        past = file.stat().st_mtime - age
-        os.utime(file, (past, past))
-    features_of(files, tmp_path)
-    left = sorted(p.name for p in tmp_path.glob("data-*"))
-    assert left == [name, f"{name}.part-new"]
+        os.utime(file, (4e9, 4e9) if number else (0, 0))
+    (tmp_path / parts[1] / "notes.txt").write_text("mine")
+    with FileLock(tmp_path / "alive-x-y.lock"):
+        features_of(files, tmp_path)
+    left = {p.name for p in tmp_path.iterdir()} - {"data", "alive-x-y.lock"}
+    assert left == {name, parts[1], parts[2]}
+    assert os.listdir(tmp_path / parts[1]) == ["notes.txt"]
+    assert os.listdir(tmp_path / parts[2]) == [build.FRAMES]
+
+
+def test_where_nothing_can_be_locked_a_build_sweeps_nothing(
+    files, tmp_path, monkeypatch
+):
+    def refuse(*args, **options):
+        raise NotImplementedError
+
+    (tmp_path / "packs" / "x-y-z.part-1").mkdir(parents=True)
+    monkeypatch.setattr(places.FileLock, "acquire", refuse)
+    pack, _ = features_of(files, tmp_path / "packs")
+    assert_whole(pack)
+    assert (tmp_path / "packs" / "x-y-z.part-1").exists()
+
+
+def test_a_users_files_in_a_packs_folder_stay(files, tmp_path):
+    pack, _ = features_of(files, tmp_path)
+    note = pack.file.with_name("notes.txt")
+    note.write_text("mine")
+    torch.save(files[1]["0.pt"] + 1, files[0] / "0.pt")
+    found, _ = features_of(files, tmp_path)
+    assert note.read_text() == "mine"
+    assert found.digest() != pack.digest()
+    assert found.digest() == PackedFeatures(note.parent).digest()
+    assert {*os.listdir(note.parent)} == {
+        note.name,
+        build.FRAMES,
+        build.INDEX,
+        *(p.name for p in note.parent.glob("sources-*.npy")),
+    }
+
+
+def replaced(path, content):
+    """As tar and rsync do it: with the old time stamp."""
+    info = path.stat()
+    path.with_name("new").write_bytes(content)
+    os.replace(path.with_name("new"), path)
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_file_of_the_same_size_and_time_is_noticed(
+    files, tmp_path, monkeypatch, dtype
+):
+    opened = opened_files(monkeypatch, tmp_path)
+    pack, _ = features_of(files, tmp_path, dtype)
+    path, mel = files[0] / "3.pt", files[1]["3.pt"]
+    content = path.read_bytes()
+    opened()
+    replaced(path, content)  # the same content
+    found, _ = features_of(files, tmp_path, dtype)
+    assert opened() == ["3.pt"]
+    assert found.stamp == pack.stamp
+    features_of(files, tmp_path, dtype)
+    assert not opened()
+    values = mel.numpy().tobytes()
+    # Neighbours, which are the same in float16.
+    near = np.nextafter(mel.numpy(), np.float32(0))
+    assert (
+        near.astype("float16") == mel.numpy().astype("float16")
+    ).mean() > 0.9
+    near[near.astype("float16") != mel.numpy().astype("float16")] += 1e-3
+    crc = zlib.crc32(values).to_bytes(4, "little")
+    new = zlib.crc32(near.tobytes()).to_bytes(4, "little")
+    replaced(path, content.replace(values, near.tobytes()).replace(crc, new))
+    found, _ = features_of(files, tmp_path, dtype)
+    assert "3.pt" in opened()
+    assert found.digest() != pack.digest()
+    assert found.statistics(3).tolist() != pack.statistics(3).tolist()
+
+
+def test_a_moved_or_copied_folder_keeps_its_pack(files, tmp_path, monkeypatch):
+    opened, packs = opened_files(monkeypatch, tmp_path), tmp_path / "packs"
+    pack, _ = features_of(files, packs)
+    shutil.copytree(files[0], tmp_path / "copy")
+    opened()
+    for again in range(2):
+        found, _ = features_of((tmp_path / "copy", files[1]), packs)
+        assert found.stamp == pack.stamp
+        assert sorted(opened()) == ([] if again else list(files[1]))
+    assert features_of(files, packs)[0].stamp == pack.stamp
+    assert not opened()
+    # A copy that differs gets a pack of its own.
+    torch.save(files[1]["0.pt"] + 1, tmp_path / "copy" / "0.pt")
+    found, _ = features_of((tmp_path / "copy", files[1]), packs)
+    assert found.file != pack.file and found.digest() != pack.digest()
+    opened()
+    assert features_of(files, packs)[0].stamp == pack.stamp
+    assert not opened()
+    os.rename(files[0], tmp_path / "elsewhere")
+    moved = tmp_path / "elsewhere", files[1]
+    assert features_of(moved, packs)[0].stamp == pack.stamp
+    assert len(os.listdir(packs)) == 2
+
+
+def test_a_pack_that_nobody_may_write_is_used(files, tmp_path, monkeypatch):
+    """As on a read-only file system, from another machine's place."""
+    packs = tmp_path / "packs"
+    pack, _ = features_of(files, packs)
+    os.rename(files[0], tmp_path / "elsewhere")
+
+    def refuse(*args, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("mkdir", "replace", "unlink"):
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(places.FileLock, "acquire", refuse)
+    found, _ = features_of((tmp_path / "elsewhere", files[1]), packs)
+    assert found.stamp == pack.stamp
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x" * 250,
+        "voices #2 {a} [b] *",
+        "Stimmen für mich",
+        os.fsdecode(b"voices \xff"),
+    ],
+)
+def test_a_data_folder_may_have_any_name(files, tmp_path, name):
+    try:
+        folder = shutil.copytree(files[0], tmp_path / name)
+    except OSError:
+        pytest.skip("the file system doesn't take this name")
+    packs = tmp_path / "packs"
+    pack, _ = features_of((folder, files[1]), packs)
+    assert_whole(pack)
+    assert pack.file.parent.name.isascii()
+    assert len(pack.file.parent.name) < 60
+    other = name[:-1] + "y"
+    shutil.copytree(folder, tmp_path / other)
+    torch.save(files[1]["0.pt"] + 1, tmp_path / "new")
+    os.replace(tmp_path / "new", tmp_path / other / "0.pt")
+    found, _ = features_of((tmp_path / other, files[1]), packs)
+    assert found.file != pack.file
+    assert features_of((folder, files[1]), packs)[0].stamp == pack.stamp
+
+
+def test_a_pack_follows_the_umask(files, tmp_path):
+    old = os.umask(0o022)
+    try:
+        pack, _ = features_of(files, tmp_path / "packs")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(pack.file.parent.stat().st_mode) == 0o755
+    for file in pack.file.parent.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o644
+
+
+def test_a_pack_is_built_without_what_other_systems_lack(
+    many, tmp_path, monkeypatch
+):
+    expected = features_of(many, tmp_path)[0].digest()
+    for name in ("pwrite", "posix_fallocate", "fork", "sched_getaffinity"):
+        monkeypatch.delattr(os, name, raising=False)
+    pack, _ = features_of(many, tmp_path / "other")
+    assert pack.digest() == expected
+    assert_whole(PackedFeatures(pack.file.parent))
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_may_refuse_to_reserve(
+    files, tmp_path, monkeypatch, code
+):
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert_whole(features_of(files, tmp_path / "packs")[0])
+
+
+@pytest.mark.parametrize(
+    "name", ["a file", "a file/packs", "/proc/packs", "x" * 300]
+)
+def test_a_pack_folder_that_is_none_is_named_with_its_key(
+    files, tmp_path, name
+):
+    if name.startswith("/proc") and not os.path.exists("/proc"):
+        pytest.skip("no /proc here")
+    (tmp_path / "a file").write_text("mine")
+    with pytest.raises(UserError) as caught:
+        features_of(files, tmp_path / name)
+    message = str(caught.value)
+    assert (
+        "name another folder by --pack_folder, or give --pack False" in message
+    )
+    assert "\n" not in message and "free the space" not in message
+    assert (tmp_path / "a file").read_text() == "mine"
+    assert_whole(features_of(files, tmp_path / "another folder")[0])
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EDQUOT])
+def test_a_pack_folder_that_cannot_be_written_is_named_with_its_key(
+    files, tmp_path, monkeypatch, code
+):
+    def refuse(*args, **options):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    words = rf"{os.strerror(code)}.*name another folder by --pack_folder"
+    with pytest.raises(UserError, match=words):
+        features_of(files, tmp_path / "packs")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="one process packs there")
+@pytest.mark.parametrize("job", ["packing", "checking"])
+def test_a_killed_worker_is_one_sentence(many, tmp_path, monkeypatch, job):
+    """Though its parent keeps SIGTERM, by which the others are ended."""
+    packs, parent, folder = tmp_path / "packs", os.getpid(), many[0]
+    if job == "checking":
+        features_of(many, packs)
+        folder = shutil.copytree(folder, tmp_path / "copy")
+    before = [*packs.iterdir()] if job == "checking" else []
+    load = build.load_feature_file
+
+    def killed(folder, path, *more):
+        if path == "300.pt" and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(folder, path, *more)
+
+    monkeypatch.setattr(build, "load_feature_file", killed)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        with pytest.raises(UserError, match=r"was killed, .* free some memory"):
+            features_of((folder, many[1]), packs)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        signal.signal(signal.SIGTERM, handler)
+    assert not multiprocessing.active_children()
+    assert [*packs.iterdir()] == before
+    monkeypatch.setattr(build, "load_feature_file", load)
+    assert_whole(features_of((folder, many[1]), packs)[0])
+
+
+def test_without_semaphores_one_process_packs(many, tmp_path, monkeypatch):
+    """A container may have no room in /dev/shm, or none at all."""
+
+    def refuse(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", refuse)
+    assert_whole(features_of(many, tmp_path / "packs")[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="one process packs there")
+def test_where_no_more_processes_are_allowed_one_packs(
+    many, tmp_path, monkeypatch
+):
+    fork, calls = os.fork, []
+
+    def limited():
+        calls.append(1)
+        if len(calls) > 1:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(os, "fork", limited)
+    assert_whole(features_of(many, tmp_path / "packs")[0])
+    assert len(calls) == 2 and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("job", ["packing", "checking"])
+def test_ctrl_c_leaves_what_was_there(many, tmp_path, monkeypatch, job):
+    packs, folder = tmp_path / "packs", many[0]
+    if job == "checking":
+        features_of(many, packs)
+        folder = shutil.copytree(folder, tmp_path / "copy")
+    before = sorted(packs.rglob("*"))
+
+    def interrupt(bar, count):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build.tqdm, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            features_of((folder, many[1]), packs)
+    assert not multiprocessing.active_children()
+    assert sorted(packs.rglob("*")) == before
+    assert_whole(features_of((folder, many[1]), packs)[0])
+
+
+def test_advice_for_large_values_works(files, tmp_path):
+    """With a pack that is there, and also for those who skip."""
+    for name in ("0.pt", "4.pt"):
+        torch.save(files[1][name] * 1e5, files[0] / name)
+    for _ in range(2):
+        pack, problems = features_of(files, tmp_path)
+        assert [p.file for p in problems] == ["0.pt", "4.pt"]
+        assert {p.cure for p in problems} == {"give --pack_dtype float32"}
+        assert len(pack.paths) == 5
+    for _ in range(2):
+        pack, problems = features_of(files, tmp_path, dtype="float32")
+        assert not problems and len(pack.paths) == 7

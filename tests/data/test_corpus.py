@@ -60,19 +60,48 @@ def test_the_share_counts_what_was_skipped_before():
 
 
 def test_a_speaker_may_not_lose_all_utterances():
-    with pytest.raises(DataError, match="speaker 'bob' has no utterance left"):
+    with pytest.raises(
+        DataError, match="speaker 'bob' has no usable utterance"
+    ):
         leave_out(CORPUS, bad("0.pt"), "skip", max_bad_share=0.5)
+
+
+def test_speakers_without_utterances_are_left_out_if_wanted():
+    skip = {"on_bad_file": "skip", "max_bad_share": 1.0}
+    labels = dataclasses.replace(CORPUS.test[0], speaker="bob")
+    corpus = dataclasses.replace(CORPUS, test=(labels, *CORPUS.test[1:]))
+    left = leave_out(corpus, bad("0.pt"), **skip, speakers="present")
+    assert left.speakers == ("ann",)
+    assert {u.speaker for u in left.labelled} == {"ann"}
+    assert left.test == CORPUS.test  # bob's is of an unknown speaker now
+    assert left.test_paths == CORPUS.test_paths
+    assert leave_out(corpus, [], speakers="present") == corpus
+    with pytest.raises(DataError) as caught:
+        leave_out(corpus, bad(*(f"{n}.pt" for n in range(7))), **skip)
+    everybody = str(caught.value)
+    assert "2 of 2 speakers have no usable utterance, as 'ann'" in everybody
+    assert "present" not in everybody  # it would not help
+    with pytest.raises(DataError, match="2 of 2 speakers"):
+        leave_out(
+            corpus,
+            bad(*(f"{n}.pt" for n in range(7))),
+            **skip,
+            speakers="present",
+        )
 
 
 def test_a_corpus_of_test_files_alone_needs_no_speaker_s_utterance():
     alone = dataclasses.replace(CORPUS, labelled=())
     left = leave_out(alone, bad("t.pt"), "skip", max_bad_share=0.5)
     assert [u.path for u in left.test] == ["u.pt"]
+    assert leave_out(alone, [], speakers="present") == alone
 
 
 def test_an_unknown_policy_is_refused():
     with pytest.raises(UserError, match="on_bad_file='skp' must be stop or sk"):
         leave_out(CORPUS, [], "skp")
+    with pytest.raises(UserError, match="speakers='some' must be all or pres"):
+        leave_out(CORPUS, [], speakers="some")
 
 
 def test_the_digest_of_a_corpus_never_changes():

@@ -1,10 +1,15 @@
 """Datasets and loaders: the same items whoever reads them."""
 
+import errno
 import multiprocessing
+import os
 import pickle
+import signal
 import sys
 from itertools import chain
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,6 +29,7 @@ from spkid.data import (
     open_features,
     train_loader,
 )
+from spkid.data import dataset as dataset_module
 from spkid.errors import UserError, run_command
 
 TRAIN = {"batch_size": 5, "seed": 1}
@@ -251,3 +257,72 @@ def test_only_a_pack_can_lie_on_a_device(made):
     files, _ = open_features(made.corpus, pack=False)
     with pytest.raises(UserError, match="give --pack True"):
         files.to("cpu")
+
+
+def test_a_batch_comes_through_a_pipe_with_all_its_bits(made):
+    next(made.counter)
+    batch = made.datasets(made.features)["train"].__getitems__([3, 1])
+    sent = ForkingPickler.dumps(batch)
+    assert batch.feats.data.numpy().tobytes() in bytes(sent)  # not a handle
+    again = pickle.loads(sent)
+    same(again, batch)
+    assert next(iter(again)) == batch.id  # all that a PaddedBatch does
+    assert again.to(torch.float64).feats.data.dtype == torch.float64
+
+
+needs_fork = pytest.mark.skipif(
+    sys.platform != "linux", reason="forking is for Linux"
+)
+
+
+@needs_fork
+def test_a_batch_that_cannot_be_sent_ends_the_loader(made, monkeypatch):
+    def fail(batch):
+        raise MemoryError
+
+    next(made.counter)
+    monkeypatch.setattr(dataset_module._Batch, "__reduce__", fail)
+    loader = train_loader(
+        made.datasets(made.features)["train"], **TRAIN, num_workers=1
+    )
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
+        next(iter(loader))
+
+
+@needs_fork
+@pytest.mark.parametrize("place", ["no files", "no memory"])
+def test_workers_that_cannot_start_are_one_sentence(made, monkeypatch, place):
+    import resource
+
+    sets = made.datasets(made.features)
+    loader = eval_loader(sets["test"], **EVAL, num_workers=2)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if place == "no files":
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, limits[1]))
+    else:
+        error = OSError(errno.ENOMEM, "Cannot allocate memory")
+        monkeypatch.setattr(os, "fork", mock.Mock(side_effect=error))
+    try:
+        with pytest.raises(UserError, match="give --num_workers 0"):
+            iter(loader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    loader = eval_loader(sets["test"], **EVAL, num_workers=0)
+    assert len(list(loader)) == len(loader)
+
+
+@needs_fork
+def test_workers_leave_signals_to_the_main_process(made):
+    next(made.counter)
+    loader = train_loader(
+        made.datasets(made.features)["train"], **TRAIN, num_workers=1
+    )
+    batches = iter(loader)
+    read = [next(batches)]
+    (worker,) = multiprocessing.active_children()
+    for name in ("SIGHUP", "SIGINT", "SIGUSR1"):
+        os.kill(worker.pid, getattr(signal, name))
+    read += list(batches)
+    assert len(read) == len(loader)

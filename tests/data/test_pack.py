@@ -1,13 +1,16 @@
-"""The pack gives what the files held."""
+"""The pack gives what the files held, or is refused."""
 
+import json
 import pickle
+import random
 
 import numpy as np
 import pytest
 import torch
 from corpus import features_of
 
-from spkid.data import PackedFeatures
+from spkid.data import PackedFeatures, build
+from spkid.data.pack import seal
 from spkid.errors import UserError
 
 
@@ -38,16 +41,155 @@ def test_a_part_at_the_packs_end_is_padded(files, tmp_path):
     assert torch.equal(features[1], mels[5])
 
 
-def test_a_pack_that_is_cut_off_is_refused(files, tmp_path):
-    pack, _ = features_of(files, tmp_path)
+def cut_off(pack):
     pack.file.write_bytes(pack.file.read_bytes()[:-2])
-    with pytest.raises(UserError, match=r"bytes, not .* to have it rebuilt"):
-        PackedFeatures(pack.file.parent)
-    with pytest.raises(UserError, match="bytes, not"):
-        features_of(files, tmp_path)
+
+
+def half_zeroed(pack):
+    content = pack.file.read_bytes()
+    half = len(content) // 2
+    pack.file.write_bytes(content[:half] + bytes(len(content) - half))
+
+
+def one_bit(pack):
+    content = bytearray(pack.file.read_bytes())
+    content[1234] ^= 1
+    pack.file.write_bytes(content)
+
+
+def without_frames(pack):
+    pack.file.unlink()
+
+
+def rubbish(pack):
     (pack.file.parent / "index.npz").write_bytes(b"rubbish")
-    with pytest.raises(UserError, match=r"not a readable pack .* rebuilt"):
-        features_of(files, tmp_path)
+
+
+def index_with(sealed=False, **changes):
+    """The index with other arrays; by someone who seals it, or not."""
+
+    def change(pack):
+        path = pack.file.with_name("index.npz")
+        with np.load(path) as index:
+            content = dict(index)
+        for name, function in changes.items():
+            content[name] = function(content[name])
+        header = json.loads(str(content.pop("header")))
+        if sealed:
+            del header["seal"]
+            header["seal"] = seal(header, content)
+        np.savez(path, header=json.dumps(header), **content)
+
+    return change
+
+
+def rolled(array):
+    return np.roll(array, 1)
+
+
+DAMAGE = {
+    "cut off": (cut_off, "bytes, not"),
+    "half zeroed": (half_zeroed, "the frames of '4.pt' are damaged"),
+    "one bit": (one_bit, "the frames of '2.pt' are damaged"),
+    "no frames": (without_frames, "has 0 bytes, not"),
+    "rubbish": (rubbish, "not a readable pack"),
+    "offsets moved": (index_with(offsets=rolled), "not a readable pack"),
+    "offsets moved, sealed": (
+        index_with(sealed=True, offsets=lambda a: a[::-1].copy()),
+        "not a readable pack",
+    ),
+    "offsets outside, sealed": (
+        index_with(sealed=True, offsets=lambda a: a + 9),
+        "not a readable pack",
+    ),
+    "offsets before it, sealed": (
+        index_with(sealed=True, offsets=lambda a: a - 9),
+        "not a readable pack",
+    ),
+    "other moments": (index_with(moments=np.negative), "not a readable pack"),
+    "other names": (index_with(paths=rolled), "not a readable pack"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_pack_is_refused_or_rebuilt(files, tmp_path, caplog, what):
+    pack, _ = features_of(files, tmp_path)
+    damage, words = DAMAGE[what]
+    damage(pack)
+    with pytest.raises(UserError, match=f"{words}.*; delete .* rebuilt"):
+        PackedFeatures(pack.file.parent)
+    digest = pack.digest()
+    pack, _ = features_of(files, tmp_path)
+    assert [r.message.count("; it is rebuilt.") for r in caplog.records] == [1]
+    assert pack.digest() == digest == PackedFeatures(pack.file.parent).digest()
+
+
+@pytest.mark.parametrize("name", ["index.npz", "frames.bin"])
+def test_a_damaged_pack_never_gives_other_features(files, tmp_path, name):
+    """Sixty mutations of each of its files."""
+    pack, _ = features_of(files, tmp_path)
+    path, digest = pack.file.with_name(name), pack.digest()
+    frames = pack.data.copy()
+    content, draw, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(60):
+        changed = bytearray(content)
+        place = draw.randrange(len(changed))
+        end = place + draw.choice([1, 2, 9, 99])
+        match draw.choice(["flip", "cut", "zero", "twice"]):
+            case "flip":
+                changed[place] ^= 1 << draw.randrange(8)
+            case "cut":
+                del changed[place:]
+            case "zero":
+                changed[place:end] = bytes(len(changed[place:end]))
+            case "twice":
+                changed[place:place] = changed[place:end]
+        path.write_bytes(changed)
+        try:
+            found = PackedFeatures(path.parent)
+        except UserError:
+            refused += 1
+            found, _ = features_of(files, tmp_path)
+        assert found.digest() == digest and found.paths == pack.paths
+        assert np.array_equal(found.data, frames)
+        assert np.array_equal(found.offsets, pack.offsets)
+    assert refused > 30
+
+
+def test_only_the_first_process_reads_all_frames(files, tmp_path, monkeypatch):
+    pack, _ = features_of(files, tmp_path)
+    one_bit(pack)
+    monkeypatch.setattr(build, "rank", lambda: 1)
+    assert features_of(files, tmp_path)[0].digest() == pack.digest()
+    with pytest.raises(UserError, match="damaged"):
+        PackedFeatures(pack.file.parent)
+
+
+def test_the_digest_is_that_of_the_features(files, tmp_path):
+    """In their order; wherever and however often they are packed."""
+    folder, mels = files
+    first = features_of(files, tmp_path / "a")[0].digest()
+    assert len(first) == 32
+    assert features_of(files, tmp_path / "b")[0].digest() == first
+    turned = folder, dict(reversed(mels.items()))
+    assert features_of(turned, tmp_path / "a")[0].digest() != first
+    assert features_of(files, tmp_path, "float32")[0].digest() != first
+    torch.save(mels["3.pt"] + 1e-6, folder / "3.pt")  # the same in float16
+    assert features_of(files, tmp_path / "a")[0].digest() != first
+
+
+def test_a_spawned_worker_refuses_another_pack(files, tmp_path):
+    """One that was built in the place of the one that the run has opened."""
+    pack, _ = features_of(files, tmp_path)
+    frozen = pickle.dumps(pack)
+    assert pickle.loads(frozen).digest() == pack.digest()
+    content = pack.file.read_bytes()
+    pack.file.unlink()
+    with pytest.raises(UserError, match=r"frames.bin: was replaced"):
+        pickle.loads(frozen)
+    pack.file.write_bytes(content)
+    with pytest.raises(UserError, match=r"frames.bin: was replaced"):
+        pickle.loads(frozen)
 
 
 def test_a_spawned_worker_maps_the_file_itself(files, tmp_path):

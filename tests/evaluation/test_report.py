@@ -1,6 +1,8 @@
 """Tests of the report: its figures, its safety, its look in a browser."""
 
+import html
 import json
+import os
 import re
 import runpy
 import shutil
@@ -292,21 +294,145 @@ def test_matplotlib_settings_of_the_caller_stay(run, page):
         assert dict(matplotlib.rcParams) == before
 
 
-def test_unreadable_runs_are_refused_in_one_sentence(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no finished run"):
         write_report(tmp_path)
-    folder = make_run(tmp_path / "run")
-    change(folder, speakers=np.array(["only", "two"]))
-    with pytest.raises(UserError, match=r"evaluation.npz: .* has no name"):
-        write_report(folder)
+    (tmp_path / "results.json").write_text("[")
+    with pytest.raises(UserError, match="holds no finished run"):
+        write_report(tmp_path)
+
+
+ILL = {
+    "results.json": [
+        *("", "[]", "[", "null", "7", '{"valid": {"accuracy": ', "\\x00"),
+        *('{"valid": []}x', '{"valid": [1]}', '{"valid": {"accuracy": "0.5"}}'),
+        *(f'{{"valid": {{"accuracy": {x}}}}}' for x in ("NaN", -1, 2, "[1]")),
+        '{"valid": {"accuracy": true}}',
+        '{"gap": "wide"}',
+        '{"expected": {"accuracy": 0.5}}',
+        '{"expected": {"accuracy": 0.5, "low": "x", "high": 1}}',
+    ],
+    "history.json": [
+        *("[", "{}", "7", "[7]", "[[]]", "[{}]", '[{"epoch": "1"}]'),
+        *('[{"epoch": -1}]', '[{"epoch": NaN}]', '[{"epoch": 1e9}]'),
+        *('[{"epoch": 1, "lr": "x"}]', '[{"epoch": 1, "lr": [1]}]'),
+        '[{"epoch": 1, "valid accuracy": -3}]',
+        '[{"epoch": 1, "valid accuracy": NaN}]',
+        '[{"epoch": 1' + "0" * 400 + "}]",
+        "[" * 3000,
+    ],
+    "manifests/split_report.json": [
+        *("[", "[]", "7", '{"speakers": 7}', '{"speakers": {"a": 7}}'),
+        '{"sessions": "x", "warnings": [], "speakers": {"a": {}}}',
+        *(
+            '{"sessions": "x", "warnings": [], "speakers": {"a": {"sessions": '
+            f'{x}, "utterances": 1, "held_out": 0}}}}'
+            for x in ("-1", '"1"', "[1]", "NaN", "1" + "0" * 400)
+        ),
+        '{"sessions": "x", "warnings": 7, "speakers": {}}',
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [(name, text) for name in ILL for text in ILL[name]]
+)
+def test_ill_shaped_file_costs_its_section_alone(tmp_path, name, text, caplog):
+    folder = make_run(tmp_path / "run", 2, sizes={"new": 4})
+    (folder / name).write_text(text)
+    page = write(folder)
+    assert tuple(re.findall("<h2>(.*?)</h2>", page)) == SECTIONS
+    said = re.search(f"<h2>{INPUTS[name]}</h2><p>([^<]*)</p>", page)[1]
+    said = html.unescape(said)
+    assert re.match(rf"{name} (can't be shown|is missing or empty)", said)
+    others = set(INPUTS) - {name}
+    assert not any(f"{other} can&#39;t" in page for other in others)
+    for line in caplog.messages:
+        assert line.startswith(f"{folder / name}: can't be shown (")
+        assert "\n" not in line
+        assert len(line) < 600
+
+
+COLUMNS = {
+    "target that has no name": {"target": np.full(4, 10**9)},
+    "negative target": {"target": np.full(4, -5)},
+    "negative guess": {"guess": np.full(4, -1)},
+    "no part": {"part": np.array(["new", "new", "new", "<script>"])},
+    "too short": {"frames": np.ones(3, int)},
+    "numbers as texts": {"target": np.array(["0", "1", "0", "1"])},
+    "numbers of another kind": {"target": np.zeros(4)},
+    "complex": {"loss": np.zeros(4, complex)},
+    "confidence": {"confidence": np.full(4, 1.5)},
+    "negative confidence": {"confidence": np.array([np.nan, -1, 0, 0])},
+    "flat embedding": {"embedding": np.zeros(4, np.float16)},
+    "deep target": {"target": np.zeros((4, 1), int)},
+    "one name": {"speakers": np.array("ann")},
+    "names in rows": {"speakers": np.array([["a", "b"]])},
+    "pickled": {"speakers": np.array(["a", "b"], object)},
+    "fields": {"target": np.zeros(4, [("a", int)])},
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_ill_shaped_table_costs_its_sections_alone(tmp_path, name):
+    folder = make_run(tmp_path / "run", 2, sizes={"new": 4})
+    change(folder, **COLUMNS[name])
+    page = write(folder)
+    assert page.count("evaluation.npz can&#39;t be shown (") == 5
+    assert "is missing" not in page
+    assert "<script>" not in page
+
+
+def test_a_table_of_no_utterance_or_no_dimension_has_a_report(tmp_path):
+    folder = make_run(tmp_path / "run", 2, sizes={"new": 4})
+    change(folder, embedding=np.zeros((4, 0), np.float16))
+    assert "can&#39;t be shown" not in write(folder)
     arrays = dict(np.load(folder / "evaluation.npz"))
-    arrays["part"] = arrays["part"].astype(object)  # would be unpickled
-    np.savez(folder / "evaluation.npz", **arrays)
-    with pytest.raises(UserError, match=r"evaluation.npz: could not be read"):
-        write_report(folder)
-    (folder / "history.json").write_text("[")
-    with pytest.raises(UserError, match=r"history.json: could not be read"):
-        write_report(folder)
+    none = {key: x[:0] for key, x in arrays.items() if key != "speakers"}
+    change(folder, **none)
+    assert write(folder).count("evaluation.npz is missing or empty") == 5
+
+
+def test_a_compressed_table_is_refused(tmp_path):
+    """A small file could hold gigabytes."""
+    folder = make_run(tmp_path / "run", 2, sizes={"new": 4})
+    arrays = dict(np.load(folder / "evaluation.npz"))
+    np.savez_compressed(folder / "evaluation.npz", **arrays)
+    assert "it is compressed" in write(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    folder = make_run(tmp_path / "run", 2, sizes={"new": 4})
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert f"{name} can&#39;t be shown (" in write(folder)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_giant_is_not_read(tmp_path, name):
+    folder = make_run(tmp_path / "run", 2, sizes={"new": 4})
+    with open(folder / name, "r+b") as file:
+        file.truncate(2**36)
+    assert f"{name} can&#39;t be shown (" in write(folder)
+
+
+def test_settings_are_shown_and_not_obeyed(tmp_path):
+    folder = make_run(tmp_path / "run", 2, sizes={"new": 4})
+    text = f"a: !apply:os.mkdir [{tmp_path / 'ran'}]"
+    (folder / "hyperparams.yaml").write_text(text)
+    assert "!apply:os.mkdir" in write(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_that_are_not_utf_8_are_written(tmp_path):
+    folder = make_run(tmp_path / "caf\udce9", 2, sizes={"new": 4})
+    change(folder, speakers=np.array(["zo\udceb", "李"]))
+    (folder / "results.json").unlink()
+    page = write(folder)
+    assert "zo?" in page
+    assert "Report of caf?" in page
 
 
 def test_the_command_says_where_the_page_is(run, monkeypatch, capsys):

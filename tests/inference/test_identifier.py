@@ -1,7 +1,10 @@
 """The trained system as one object: the same answer behind every door."""
 
+import os
 import random
 import re
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -125,26 +128,15 @@ def test_loading_prints_nothing(run, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-ATTACKS = {
-    "apply": "!apply:os.mkdir [{}]",
-    "new": "!new:subprocess.Popen\n    args: [mkdir, {}]",
-    "name": "!name:os.mkdir\n    path: {}",
-    "python": "!!python/object/apply:os.mkdir [{}]",
-}
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("place", ["mean_var_norm", "kind"])
-def test_a_strangers_settings_run_nothing(tmp_path, attack, place):
+def test_a_strangers_settings_run_nothing(tmp_path, place):
+    """tests/test_trust.py has the attacks."""
     output = make_run(tmp_path)[1]
     path, canary = output / "hyperparams.yaml", tmp_path / "ran"
-    text, made = path.read_text(), ATTACKS[attack].format(canary)
-    if place == "kind":
-        made = made.replace("\n    ", "\n        ")
     text, n = re.subn(
         rf"^( *){place}: .*(\n +kind: .*)?",
-        rf"\1{place}: {made}",
-        text,
+        rf"\1{place}: (!!python/object/apply:os.mkdir [{canary}])",
+        path.read_text(),
         count=1,
         flags=re.M,
     )
@@ -154,6 +146,32 @@ def test_a_strangers_settings_run_nothing(tmp_path, attack, place):
         SpeakerIdentifier.from_run(output)
     assert str(path) in str(caught.value)
     assert not canary.exists()
+
+
+def test_a_pooling_of_ones_own_needs_trust(tmp_path, monkeypatch):
+    (tmp_path / "my_pooling.py").write_text(
+        "from spkid.models import MeanPooling\n"
+        "class MyPooling(MeanPooling): pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    output = make_run(tmp_path)[1]
+    path, own = output / "hyperparams.yaml", "my_pooling.MyPooling"
+    text, n = re.subn(
+        r"spkid\.models\.AttentiveStatisticsPooling", own, path.read_text()
+    )
+    assert n == 1
+    path.write_text(text)
+    settings = Settings.of_run(output)
+    made = settings.build_modules(("embedding_model",), trust=True)
+    sys.modules.pop("my_pooling")
+    weights = made["embedding_model"].state_dict()
+    torch.save(weights, output / "model" / "embedding_model.ckpt")
+    with pytest.raises(UserError, match=rf"new:{own} isn't .* --trust"):
+        SpeakerIdentifier.from_run(output)
+    assert "my_pooling" not in sys.modules
+    loaded = SpeakerIdentifier.from_run(output, trust=True)
+    assert type(loaded.embedding_model.pooling).__name__ == "MyPooling"
+    sys.modules.pop("my_pooling")
 
 
 def test_weights_are_not_unpickled(tmp_path):
@@ -292,3 +310,135 @@ def test_unknown_speakers_have_no_loss(run, tmp_path):
     table = run[0].score(features, manifest(corpus.test))
     assert table.target.tolist() == [-1] * 3
     assert table.accuracy() is None
+
+
+FILES = (
+    *("hyperparams.yaml", "speakers.txt"),
+    *("model/embedding_model.ckpt", "model/classifier.ckpt"),
+)
+
+
+def deflate(path):
+    """The same zip, compressed, with a member that grows a thousandfold."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def make_link_to_zeros(path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def make_giant(path):
+    with open(path, "wb") as file:
+        file.truncate(2**40)
+
+
+def make_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def make_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "garbage": lambda path: path.write_bytes(b"\x80\xff\x00{[\n" * 99),
+    "giant": make_giant,
+    "folder": make_folder,
+}
+if hasattr(os, "mkfifo"):
+    DAMAGES["pipe"] = make_pipe
+if Path("/dev/zero").exists():
+    DAMAGES["zeros"] = make_link_to_zeros
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_one_sentence(tmp_path, name, damage):
+    output = make_run(tmp_path)[1]
+    DAMAGES[damage](output / name)
+    with pytest.raises(UserError) as caught:
+        SpeakerIdentifier.from_run(output)
+    message = str(caught.value)
+    assert Path(name).name in message
+    assert "\n" not in message
+    assert "; " in message, "it names a cure"
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("ann\nbob\nid 3", "has 3 names, but the classifier knows 4 speakers"),
+        ("ann\nann\nbob\nid 3", "a name is empty or appears twice"),
+        ("ann\nbob\nid 3\n", "a name is empty or appears twice"),
+    ],
+)
+def test_names_that_are_not_the_classifiers_are_refused(tmp_path, names, words):
+    output = make_run(tmp_path)[1]
+    (output / "speakers.txt").write_text(names)
+    with pytest.raises(UserError, match=rf"speakers\.txt: .*{words}"):
+        SpeakerIdentifier.from_run(output)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ([1, 2], "doesn't hold tensors by names"),
+        ({"weight": 1}, "doesn't hold tensors by names"),
+        ({"weight": torch.zeros(4, 16).to_sparse()}, "doesn't hold tensors"),
+        ({"weight": torch.zeros(5, 16)}, "size mismatch"),
+        ({"other": torch.zeros(4, 16)}, r"Missing key"),
+    ],
+)
+def test_weights_of_another_kind_are_refused(tmp_path, weights, words):
+    output = make_run(tmp_path)[1]
+    torch.save(weights, output / "model" / "classifier.ckpt")
+    with pytest.raises(
+        UserError, match=rf"classifier\.ckpt: can't be loaded \(.*{words}"
+    ) as caught:
+        SpeakerIdentifier.from_run(output)
+    assert "\n" not in str(caught.value)
+
+
+def test_compressed_weights_are_refused(tmp_path):
+    """Three megabytes could hold three gigabytes."""
+    output = make_run(tmp_path)[1]
+    deflate(output / "model" / "classifier.ckpt")
+    with pytest.raises(UserError, match=r"classifier\.ckpt: .*compressed"):
+        SpeakerIdentifier.from_run(output)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("n_layers: 1\n", "n_layers: 1000000000\n", "larger model"),
+        ("d_ff: 32\n", "d_ff: 1000000000\n", "larger model"),
+        ("n_mels: 40\n", "n_mels: 41\n", "its model doesn't run"),
+        ("n_mels: 40\n", "n_mels: 1000000000000\n", "n_mels"),
+        ("n_mels: 40\n", "n_mels: [40]\n", "n_mels"),
+        ("evaluation: whole\n", "evaluation: 7\n", "evaluation=7 must be"),
+        ("window_hop: 200\n", "", "'window_hop' is missing"),
+        ("window_hop: 200\n", "window_hop: 0\n", "window_hop=0 must lie"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_sentence(tmp_path, old, new, words):
+    output = make_run(tmp_path)[1]
+    path = output / "hyperparams.yaml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=words) as caught:
+        SpeakerIdentifier.from_run(output)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from spkid.data import LengthBatches
-from spkid.errors import run_command
+from spkid.errors import UserError, run_command
 from spkid.evaluation import Evaluation
 from spkid.training import AtomicCheckpointer, RobustBrain
+from spkid.training.run import on_first
 
 # Ranks get 2 and 2, 2 and 1, and 1 and 1 of these utterances.
 BATCHES = [[1.0, 2.0, 4.0, -3.0], [0.5, 6.0, -2.0], [3.0, 8.0]]
@@ -122,3 +123,19 @@ def process(output: Path, environment: dict[str, str]) -> None:
     """One rank, as a command."""
     os.environ.update(environment)
     run_command(lambda _: main(output))
+
+
+def fail_alone(environment: dict[str, str]) -> None:
+    """The first rank fails in what it does for all; then none goes on."""
+
+    def fail(cure):
+        raise UserError(f"There is no disk; {cure}.")
+
+    def main(_):
+        torch.distributed.init_process_group("gloo")
+        on_first(print, "this works")
+        on_first(fail, "buy one")
+        print("too far")
+
+    os.environ.update(environment)
+    run_command(main)

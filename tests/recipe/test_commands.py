@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from corpus import make_corpus
 from harness import (
     ENVIRONMENT,
     RECIPE,
@@ -133,3 +134,94 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     done = run_train(data, output, *more)
     assert done.returncode == 0, done.stderr
     assert same(weights(finished[0]), weights(output))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [
+            *["--noprogressbar", "--tqdm_colored_bar", "--device=cpu:0"],
+            *["--skip_nonfinite_grads", "--remove_vector_weight_decay"],
+            *["--max_grad_norm=-1", "--nonfinite_patience=0"],
+            *["--ckpt_interval_steps=2", "--ckpt_interval_minutes=0"],
+            *["--grad_accumulation_factor=2", "--eval_precision=bf16"],
+            *["--find_unused_parameters", "--distributed_backend=gloo"],
+        ],
+        [
+            *["--debug", "--debug_batches=1", "--debug_epochs=0"],
+            *["--debug_persistently", "--precision=bf16"],
+        ],
+        ["--profile_training", "--profile_steps=1", "--profile_warmup=0"],
+        ["--compile", "--compile_module_keys", "classifier"],
+    ],
+    ids=["settings", "debug", "profile", "compile"],
+)
+def test_what_options_are_allowed_work(data, tmp_path, options):
+    """One by one they are checked in tests/test_run_options.py."""
+    done = run_train(data, tmp_path, "--number_of_epochs=1", *options)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGPIPE there")
+def test_a_reader_that_goes_costs_no_checkpoint(data, tmp_path):
+    """As in ``train.py | head -1``: quiet, and the same command resumes."""
+    output, more = tmp_path / "out", "--number_of_epochs=1"
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *train_arguments(data, output, more)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert any("Results go to" in line for line in process.stdout)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 141, said
+    assert "Traceback" not in said
+    assert "ignored" not in said
+    assert list(output.glob("save/CKPT*"))
+    done = run_train(data, output, more)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="another Ctrl-C there")
+@pytest.mark.parametrize(
+    "program", ["train", "predict", "ml2022hw4_prepare", "mini_corpus"]
+)
+def test_ctrl_c_while_libraries_are_imported_is_quiet(tmp_path, program):
+    """The first of them that is looked for brings the signal."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'torch':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt)\n"
+    )
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = run(program, ["x"], real=True, environment=environment)
+    assert done.returncode in (-signal.SIGINT, 130)
+    assert done.stderr == ""
+
+
+def test_a_folder_whose_name_a_terminal_lacks_is_no_obstacle(tmp_path):
+    name = os.fsdecode(b"voix \xc3\xa9" + b" \xff" * (sys.platform == "linux"))
+    folder = make_corpus(tmp_path / name)
+    ascii_terminal = {
+        **{"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        "PYTHONIOENCODING": "ascii:strict",
+    }
+    arguments = [folder, f"--pack_folder={tmp_path / 'packs'}"]
+    done = run(
+        "ml2022hw4_prepare", arguments, real=True, environment=ascii_terminal
+    )
+    assert done.returncode == 0, done.stderr
+    assert "voix" in done.stdout
+    (folder / "mapping.json").unlink()
+    done = run(
+        "ml2022hw4_prepare", arguments, real=True, environment=ascii_terminal
+    )
+    assert_one_sentence(done, "voix", "mapping.json")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import ranks
+from corpus import make_corpus
 from harness import (
     ENVIRONMENT,
     ROOT,
@@ -137,6 +138,53 @@ def test_when_one_is_killed_the_other_ends_with_a_message(pair):
     assert codes == [1, -signal.SIGKILL]
     assert "Another process of this run has ended" in said
     assert "Traceback" not in said
+
+
+def test_when_the_first_fails_for_all_they_end_with_its_sentence():
+    both = [Running(ranks.fail_alone, place) for place in places()]
+    ends = [process.wait() for process in both]
+    for end in ends:
+        assert_one_sentence(end, "There is no disk; buy one.")
+    assert [end.stdout for end in ends] == ["this works\n", ""]
+
+
+def test_when_the_first_cannot_read_the_data_all_end(tmp_path):
+    bad = make_corpus(tmp_path / "data")
+    (bad / "uttr-1-1.pt").write_bytes(b"rubbish")
+    arguments = arguments_of(bad, tmp_path / "out")
+    both = [start("train", arguments, ROOT, place) for place in places()]
+    for process in both:
+        assert_one_sentence(process.wait(), "uttr-1-1.pt: ")
+
+
+@pytest.mark.parametrize(
+    ("more", "change"),
+    [
+        ([], {"MASTER_ADDR": ""}),
+        (["--distributed_backend=mpi"], {}),
+        (["--distributed_backend=nccl"], {}),
+    ],
+)
+def test_processes_that_cannot_meet_say_so(data, tmp_path, more, change):
+    arguments = arguments_of(data, tmp_path / "out", *more)
+    done = run("train", arguments, environment=places()[0] | change)
+    assert_one_sentence(done, "give another --distributed_backend, as gloo")
+
+
+def test_a_batch_may_leave_one_process_with_one_utterance(data, tmp_path):
+    """Batch statistics are those of the whole batch, in any module."""
+    more = ["--batch_size=5", "--segment_frames=16", "--number_of_epochs=1"]
+
+    def arguments(name):
+        return train_arguments(data, tmp_path / name, *more, system="ecapa")
+
+    both = [start("train", arguments("two"), ROOT, place) for place in places()]
+    ends = [process.wait() for process in both]
+    assert [e.returncode for e in ends] == [0, 0], ends[0].stderr
+    done = run("train", arguments("one"))
+    assert done.returncode == 0, done.stderr
+    ours, theirs = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert ours == pytest.approx(theirs, abs=1e-3)
 
 
 def worker(agent, rank):

@@ -1,9 +1,13 @@
 """Tests of the mini corpus: its form, its channels, its reproducibility."""
 
+import errno
 import itertools
 import json
+import os
 import re
 import sys
+from concurrent.futures.process import BrokenProcessPool
+from unittest import mock
 
 import pytest
 import torch
@@ -122,3 +126,75 @@ def test_missing_espeak_names_the_cure(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip install espeakng-loader"):
         mini_corpus.build(tmp_path / "mini")
     assert not any(tmp_path.iterdir())
+
+
+TINY = {"n_speakers": 1, "n_sessions": 1, "n_sentences": 1}
+CURE = "can't be built there .*give it as --data_folder"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no such permissions there")
+def test_a_corpus_is_readable_for_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = mini_corpus.build(tmp_path / "mini", progress=False, **TINY)
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert (folder / "metadata.json").stat().st_mode & 0o777 == 0o644
+
+
+def write_tables(folder, *_):
+    (folder / "metadata.json").write_text("ours")
+
+
+def test_a_link_to_an_empty_folder_stays_a_link(tmp_path, monkeypatch):
+    monkeypatch.setattr(mini_corpus, "_record", write_tables)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert mini_corpus.build(tmp_path / "link") == tmp_path / "link"
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "metadata.json").read_text() == "ours"
+
+
+@pytest.mark.parametrize("theirs", ["metadata.json", "notes.txt"])
+def test_what_others_wrote_in_the_meantime_stays(tmp_path, monkeypatch, theirs):
+    """Another process's corpus is taken; a user's files are in the way."""
+
+    def record(folder, *_):
+        write_tables(folder)
+        (tmp_path / "mini").mkdir()
+        (tmp_path / "mini" / theirs).write_text("theirs")
+
+    monkeypatch.setattr(mini_corpus, "_record", record)
+    if theirs == "metadata.json":
+        mini_corpus.build(tmp_path / "mini")
+    else:
+        with pytest.raises(UserError, match=CURE):
+            mini_corpus.build(tmp_path / "mini")
+    assert [p.name for p in tmp_path.iterdir()] == ["mini"]
+    assert (tmp_path / "mini" / theirs).read_text() == "theirs"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        BrokenProcessPool(),
+        KeyboardInterrupt(),
+    ],
+)
+def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(mini_corpus, "_record", mock.Mock(side_effect=error))
+    expected, words = (UserError, CURE)
+    if isinstance(error, KeyboardInterrupt):
+        expected, words = KeyboardInterrupt, None
+    with pytest.raises(expected, match=words):
+        mini_corpus.build(tmp_path / "mini")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_names_the_cure(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"Not a directory\); .*{CURE[-18:]}"):
+        mini_corpus.build(tmp_path / "file" / "mini")

@@ -1,10 +1,15 @@
 """A data folder is read whole, or refused with all that is wrong in it."""
 
 import csv
+import errno
+import gzip
 import json
 import os
 import pickle
+import re
 import shutil
+import sys
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,17 +18,20 @@ import pytest
 import soundfile
 import torch
 from corpus import make_corpus
-from harness import run
+from harness import assert_one_sentence, run, run_predict, run_train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ml2022hw4_prepare
 from ml2022hw4_prepare import prepare, read_corpus
 from predict import write_submission
+from spkid import files
 from spkid.data import FeatureFiles, Utterance, build, feature_file
 from spkid.errors import DataError, UserError
+from spkid.sessions import divide, sessions_digest, written_sessions
 
 NAMES = ("mapping.json", "metadata.json", "testdata.json", "testlabels.json")
+SESSIONS = "sessions.json"
 FILE = "uttr-0-0.pt"  # the first of speaker id00000
 
 
@@ -203,7 +211,7 @@ def rename_file(new):
         (data / name).write_text(
             (data / name).read_text().replace(f'"{FILE}"', json.dumps(new))
         )
-        for name in NAMES
+        for name in (*NAMES, SESSIONS)
     ]
 
 
@@ -227,6 +235,14 @@ def link_loop(data):
 def link_inside(data):
     remove(FILE)(data)
     (data / FILE).symlink_to(data / "uttr-0-1.pt")
+
+
+def rename(new):
+    def mutate(data):
+        (data / new).parent.mkdir(exist_ok=True)
+        (data / FILE).rename(data / new)
+
+    return mutate
 
 
 def become(make):
@@ -290,8 +306,8 @@ JSON_MUTATIONS = {
     "cut testdata": (cut(TEST), TEST, NO_JSON),
     "cut testlabels": (cut(LABELS), LABELS, NO_JSON),
     "cut by one": (cut(META, 0.9999), META, NO_JSON),
-    "no text": (write(TEST, b"\xff\xfe{"), TEST, NO_JSON),
-    "a mark before it": (write(TEST, b"\xef\xbb\xbf{}"), TEST, NO_JSON),
+    "no text": (write(TEST, b"\xff\xfe{"), TEST, "isn't text in UTF-8"),
+    "a mark before it": (write(TEST, b"\xef\xbb\xbf{"), TEST, NO_JSON),
     "deep nesting": (write(TEST, b"[" * 100_000), TEST, NO_JSON),
     "a number of 5,000 digits": (
         write(TEST, b'{"n_mels": ' + b"4" * 5000 + b"}"),
@@ -299,12 +315,7 @@ JSON_MUTATIONS = {
         NO_JSON,
     ),
     "a list": (write(MAP, b"[]"), MAP, "holds a list"),
-    "null": (write(META, b"null"), META, "holds null, not an object"),
-    "a folder": (
-        both(remove(META), lambda d: (d / META).mkdir()),
-        META,
-        NO_JSON,
-    ),
+    "null": (write(META, b"null"), META, "holds", "not an object"),
     "a key twice": (
         write(MAP, b'{"speaker2id": {}, "speaker2id": {}}'),
         MAP,
@@ -353,7 +364,12 @@ JSON_MUTATIONS = {
         MAP,
         "control characters",
     ),
-    "a speaker without a name": (rename_speaker(""), MAP, "is empty"),
+    "a speaker without a name": (rename_speaker(""), MAP, "has 0 characters"),
+    "a speaker of a novel's name": (
+        rename_speaker("x" * 10**6),
+        MAP,
+        "has 1,000,000 characters, not 1 to 1,000",
+    ),
     "no n_mels": (drop(META, "n_mels"), META, "key 'n_mels'", "is missing"),
     "n_mels in text": (top(META, n_mels="40"), META, "'n_mels'", "is a string"),
     "n_mels true": (top(META, n_mels=True), META, "'n_mels'", "is a boolean"),
@@ -377,13 +393,13 @@ JSON_MUTATIONS = {
         speakers(id00000=[]),
         META,
         "speaker 'id00000'",
-        "has no utterance",
+        "has no usable utterance",
     ),
     "a speaker not there": (
         edit(META, lambda c: c["speakers"].pop("id00001")),
         META,
         "speaker 'id00001'",
-        "has no utterance",
+        "has no usable utterance",
     ),
     "an unknown speaker": (
         speakers(id9=[]),
@@ -394,14 +410,14 @@ JSON_MUTATIONS = {
     "an entry in text": (
         speakers(id00000=["x"]),
         META,
-        "'x'",
-        "is not an object",
+        "'id00000', utterance 1 of 1",
+        "is 'x', not an object",
     ),
     "an entry of null": (
         edit(TEST, lambda c: c["utterances"].append(None)),
         TEST,
-        "None",
-        "is not an object",
+        "utterance 5 of 5",
+        "is None, not an object",
     ),
     "no utterances": (
         drop(TEST, "utterances"),
@@ -417,7 +433,7 @@ JSON_MUTATIONS = {
     "no path": (
         edit(META, lambda c: first(c).pop("feature_path")),
         META,
-        "'id00000': key 'feature_path'",
+        "'id00000', utterance 1 of 4: key 'feature_path'",
         "is missing",
     ),
     "a path of numbers": (entry(feature_path=7), META, "is an integer, not"),
@@ -427,8 +443,19 @@ JSON_MUTATIONS = {
         "'mel_len'",
         "is missing",
     ),
-    "negative": (entry(mel_len=-3), META, f"mel_len of '{FILE}'", "is -3"),
-    "zero": (heldout(mel_len=0), TEST, "mel_len of 'uttr-test-0.pt'", "is 0"),
+    "negative": (entry(mel_len=-3), META, f"('{FILE}'): key 'mel_len'", "-3"),
+    "zero": (
+        heldout(mel_len=0),
+        TEST,
+        "utterance 1 of 4 ('uttr-test-0.pt'): key 'mel_len'",
+        "is 0",
+    ),
+    "the third of a speaker": (
+        edit(META, lambda c: c["speakers"]["id00002"][2].update(mel_len=0.5)),
+        META,
+        "'id00002', utterance 3 of 4 ('uttr-2-2.pt'): key 'mel_len'",
+        "is a decimal number",
+    ),
     "huge": (entry(mel_len=10**12), META, "is 1000000000000"),
     "a fraction": (
         entry(mel_len=30.5),
@@ -485,13 +512,48 @@ JSON_MUTATIONS = {
         "is an integer, not a string",
     ),
 }
+# What each of the JSON files may be instead, whichever it is.
+SPOILED = {
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "an endless device": lambda path: path.symlink_to("/dev/zero"),
+    "a terminal": lambda path: path.symlink_to("/dev/tty"),
+    "a link outside": lambda path: path.symlink_to("../kept.json"),
+    "a link to nothing": lambda path: path.symlink_to("nothing.json"),
+    "a link to nothing outside": lambda path: path.symlink_to("/no/a.json"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to its folder": lambda path: path.symlink_to("."),
+    "a terabyte": lambda path: (path.touch(), os.truncate(path, 2**40)),
+    "empty": Path.touch,
+    "zeros": lambda path: path.write_bytes(bytes(999)),
+    "only a mark": lambda path: path.write_bytes(b"\xef\xbb\xbf"),
+    "a half UTF-16": lambda path: path.write_bytes(b"\xff\xfe{"),
+    "a half UTF-32": lambda path: path.write_bytes(b"\xff\xfe\0\0{\0"),
+    "Latin-1": lambda path: path.write_bytes(b'{"caf\xe9": 1}'),
+    "compressed": lambda path: path.write_bytes(gzip.compress(b"{}")),
+    "a web page": lambda path: path.write_bytes(b"<html>404</html>"),
+    "a pointer": lambda path: path.write_bytes(b"version https://git-lfs.gi"),
+    "NaN": lambda path: path.write_bytes(b"NaN"),
+    "a list": lambda path: path.write_bytes(b"[{}]"),
+    "a text": lambda path: path.write_bytes(b'"a"'),
+    "a long number": lambda path: path.write_bytes(
+        b'{"a": 1%s}' % (b"0" * 5000)
+    ),
+    "deep lists": lambda path: path.write_bytes(b"[" * 10**6),
+    "deep objects": lambda path: path.write_bytes(b'{"a":' * 10**6),
+    "a key twice": lambda path: path.write_bytes(b'{"a": 1, "a": 1}'),
+    "half a character": lambda path: path.write_bytes(b'{"a": "\\ud8'),
+}
 # What can be skipped: one feature file, always the same one.
 FILE_MUTATIONS = {
     "missing": (remove(FILE), "is missing"),
     "no bytes": (write(FILE, b""), "has no bytes"),
-    "a folder": (become(Path.mkdir), "is missing"),
-    "a pipe": (become(os.mkfifo), "is missing"),
-    "a link to itself": (link_loop, "is missing"),
+    "of another case": (rename(FILE.upper()), f"there is '{FILE.upper()}'"),
+    "in a folder": (rename(f"a/{FILE}"), f"there is 'a/{FILE}'"),
+    "a NumPy array": (rename("uttr-0-0.npy"), "there is 'uttr-0-0.npy'"),
+    "a folder": (become(Path.mkdir), "is not a regular file"),
+    "a pipe": (become(os.mkfifo), "is not a regular file"),
+    "a link to itself": (link_loop, "can't be read"),
     "half a file": (cut(FILE), "not a readable"),
     "rubbish": (write(FILE, os.urandom(3000)), "not a readable"),
     "rubbish in a zip": (write(FILE, b"PK\x03\x04rub"), "not a readable"),
@@ -540,6 +602,71 @@ def test_an_error_in_the_json_always_stops(data, name, policy):
     assert not (data.parent / "packs").exists()
 
 
+def read_all(data):
+    """All that a run reads of the JSON files."""
+    corpus, _ = load(data)
+    return corpus, sessions_digest(corpus, CHOICES), written_sessions(corpus)
+
+
+@pytest.mark.parametrize("file", [*NAMES, SESSIONS])
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_spoiled_file_is_refused_in_a_sentence(data, file, name):
+    (data / file).rename(data.parent / "kept.json")
+    SPOILED[name](data / file)
+    with pytest.raises(DataError) as caught:
+        read_all(data)
+    message = str(caught.value)
+    assert message.startswith(f"{data / file}: ")
+    assert "\n" not in message and message.isprintable()
+    assert (data.parent / "packs").exists() == (file == SESSIONS)
+
+
+@pytest.mark.parametrize("file", [*NAMES, SESSIONS])
+def test_a_file_that_may_not_be_read_is_refused(data, file, monkeypatch):
+    os_open = os.open
+
+    def refuse(path, *more):
+        if Path(path).name == file:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return os_open(path, *more)
+
+    monkeypatch.setattr(files.os, "open", refuse)
+    with pytest.raises(DataError) as caught:
+        read_all(data)
+    assert str(caught.value) == (
+        f"{data / file}: can't be read (Permission denied); change its "
+        "permissions, or name another place."
+    )
+
+
+@pytest.mark.parametrize("file", [*NAMES, SESSIONS])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_of_windows_editors_are_read(data, file, encoding):
+    before = read_all(data)
+    (data / file).write_text((data / file).read_text(), encoding)
+    after = read_all(data)
+    assert after[0] == before[0] and after[2] == before[2]
+
+
+@pytest.mark.parametrize("file", [MAP, META, TEST])
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", "1" * 4000])
+def test_numbers_that_are_none_are_refused(data, file, value):
+    text = (data / file).read_text()
+    number = re.compile(r": -?\d+")
+    for place in list(number.finditer(text))[:3]:
+        changed = f"{text[: place.start()]}: {value}{text[place.end() :]}"
+        (data / file).write_text(changed)
+        with pytest.raises(UserError, match=file) as caught:
+            load(data)
+        assert len(str(caught.value)) < 500
+
+
+def test_a_data_folder_that_cannot_be_looked_at(tmp_path):
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(UserError):
+            load(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", FILE_MUTATIONS)
 def test_a_bad_file_stops_or_is_skipped(data, name):
     mutate, words = FILE_MUTATIONS[name]
@@ -573,7 +700,7 @@ def test_no_feature_file_is_opened_twice(data, monkeypatch):
         opened.append(path)
         return load_file(folder, path, *more)
 
-    monkeypatch.setattr(build.sys, "platform", "one process")
+    monkeypatch.setattr(sys, "platform", "one process")
     monkeypatch.setattr(build, "load_feature_file", logged)
     monkeypatch.setattr(feature_file, "load_feature_file", logged)
 
@@ -654,15 +781,103 @@ def test_a_pack_of_nothing_is_not_tried(data):
     for policy in ("stop", "skip"):
         with pytest.raises(UserError, match="20"):
             load(data, on_bad_file=policy)
-    with pytest.raises(UserError, match="has no utterance"):
+    with pytest.raises(UserError, match="4 of 4 speakers have no usable utt"):
         load(data, on_bad_file="skip", max_bad_share=1.0)
 
 
 def test_nobody_is_skipped_whole(data):
     for number in range(4):
         cut(f"uttr-2-{number}.pt")(data)
-    with pytest.raises(UserError, match=r"'id00002' has no utterance left"):
+    with pytest.raises(UserError, match=r"'id00002' has no usable utterance"):
         load(data, on_bad_file="skip", max_bad_share=0.5)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_feature_files_of_another_folder_are_one_sentence(data, policy):
+    for path in data.glob("uttr*"):
+        path.unlink()
+    with pytest.raises(DataError) as caught:
+        load(data, on_bad_file=policy, max_bad_share=1.0)
+    assert str(caught.value) == (
+        f"{data}: none of the 20 feature files is there, as 'uttr-0-0.pt'; "
+        "unpack the feature files into this folder."
+    )
+
+
+def test_paths_of_windows_are_explained_and_the_cure_works(data):
+    texts = {name: (data / name).read_text() for name in NAMES}
+    (data / "uttr").mkdir()
+    for path in data.glob("uttr-*"):
+        path.rename(data / "uttr" / path.name)
+    for name in (META, TEST, LABELS):
+        moved = texts[name].replace('"uttr-', '"uttr\\\\uttr-')
+        (data / name).write_text(moved)
+    words = r"as 'uttr\\\\uttr-0-0.pt', but there is 'uttr/uttr-0-0.pt'; corr"
+    with pytest.raises(DataError, match=words):
+        load(data)
+    for name in (META, TEST, LABELS):
+        (data / name).write_text((data / name).read_text().replace("\\\\", "/"))
+    assert len(load(data)[0].labelled) == 16
+
+
+def some_speakers(data):
+    """Leaves the utterances of two speakers of four."""
+    edit(META, lambda c: [c["speakers"].pop(f"id0000{n}") for n in (0, 2)])(
+        data
+    )
+
+
+def test_a_trial_with_some_of_the_speakers(data):
+    some_speakers(data)
+    with pytest.raises(UserError) as caught:
+        load(data)
+    assert str(caught.value) == (
+        f"{data / META}: 2 of 4 speakers have no usable utterance, as "
+        "'id00002'; add or fix some, or give --speakers present to train "
+        "without them."
+    )
+    corpus, pack = load(data, speakers="present")
+    assert corpus.speakers == ("id00003", "id00001")  # in mapping.json's order
+    assert len(corpus.labelled) == 8 and len(corpus.test) == 4
+    labels = json.loads((data / LABELS).read_text())
+    assert [u.speaker for u in corpus.test] == [
+        labels[u.path] if labels[u.path] in corpus.speakers else None
+        for u in corpus.test
+    ]
+    assert None in {u.speaker for u in corpus.test}
+    assert len(pack.row) == 12
+
+
+def test_a_trial_with_the_files_of_some_speakers(data):
+    for path in data.glob("uttr-2-*"):
+        path.unlink()
+    share = {"on_bad_file": "skip", "max_bad_share": 0.2}
+    with pytest.raises(UserError, match="or give --speakers present to train"):
+        load(data, **share)
+    corpus, _ = load(data, **share, speakers="present")
+    assert corpus.speakers == ("id00003", "id00001", "id00000")
+
+
+def test_nobody_is_no_trial(data):
+    top(META, speakers={})(data)
+    for speakers in ("all", "present"):
+        with pytest.raises(UserError, match="4 of 4 speakers have no") as error:
+            load(data, speakers=speakers)
+        assert "present" not in str(error.value)
+
+
+def test_a_test_alone_keeps_all_speakers(data):
+    corpus, _ = load(data, speakers="present", test_only=True)
+    assert len(corpus.speakers) == 4
+
+
+@pytest.mark.parametrize("name", ["Ann {guest}", "{{2}}", "{}", "%s", "$HOME"])
+def test_any_name_is_a_name(data, name):
+    rename_speaker(name)(data)
+    rename_file(f"{name.replace('$', '')}.pt")(data)
+    (data / FILE).rename(data / f"{name.replace('$', '')}.pt")
+    corpus, _ = load(data)
+    assert corpus.speakers[3] == name
 
 
 def guesses(corpus, speaker):
@@ -780,6 +995,19 @@ def mutated(draw, contents):
         container.append(container[key])
 
 
+CHOICES = {"split": "session", "sessions": "auto", "seed": 0}
+CHOICES |= {"valid_fraction": 0.3, "known_fraction": 0.1}
+
+
+def load_and_divide(data):
+    """All that a run reads of the JSON files, and what it makes of them."""
+    made = load(data)
+    sessions_digest(made[0], CHOICES)
+    parts, _ = divide(*made, CHOICES)
+    assert sum(map(len, parts.values())) == len(made[0].labelled)
+    return made
+
+
 def assert_consistent(corpus, pack, data):
     assert corpus.speakers
     assert len(set(corpus.speakers)) == len(corpus.speakers)
@@ -799,7 +1027,7 @@ def assert_consistent(corpus, pack, data):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz") / "data"
-    return make_corpus(folder, n_speakers=2, n_utterances=2, n_test=2)
+    return make_corpus(folder, n_speakers=2, n_utterances=4, n_test=2)
 
 
 @given(st.data())
@@ -809,19 +1037,19 @@ def tiny(tmp_path_factory):
     suppress_health_check=list(HealthCheck),
 )
 def test_any_json_is_refused_in_words_or_consistent(tiny, data):
-    texts = {name: (tiny / name).read_bytes() for name in NAMES}
+    texts = {name: (tiny / name).read_bytes() for name in (*NAMES, SESSIONS)}
     try:
         contents = {name: json.loads(text) for name, text in texts.items()}
         for _ in range(data.draw(st.integers(1, 3))):
             mutated(data.draw, contents)
-        for name in NAMES:
+        for name in texts:
             if name in contents:
                 text = json.dumps(contents[name]).encode()
                 (tiny / name).write_bytes(text)
             else:
                 (tiny / name).unlink()
         try:
-            corpus, pack = load(tiny)
+            corpus, pack = load_and_divide(tiny)
         except UserError as error:
             assert str(error).startswith(str(tiny))
             return
@@ -831,7 +1059,7 @@ def test_any_json_is_refused_in_words_or_consistent(tiny, data):
             (tiny / name).write_bytes(text)
 
 
-@given(st.sampled_from(NAMES), st.data())
+@given(st.sampled_from([*NAMES, SESSIONS]), st.data())
 @settings(
     max_examples=100,
     deadline=None,
@@ -845,7 +1073,7 @@ def test_any_bytes_are_refused_in_words_or_consistent(tiny, name, data):
     try:
         (tiny / name).write_bytes(text[:where] + junk + text[end:])
         try:
-            corpus, pack = load(tiny)
+            corpus, pack = load_and_divide(tiny)
         except UserError as error:
             assert str(error).startswith(str(tiny))
             return
@@ -877,3 +1105,97 @@ def test_the_command_lists_what_it_skips(data, capsys):
     said = capsys.readouterr().out
     assert_one_line_says(said, FILE, ["not a readable"])
     assert "15 labelled and 4 test utterances" in said
+
+
+POSIX = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "environment"),
+    [(b"caf\xe9", {}), ("caf\u00e9 \u2603".encode(), POSIX)],
+)
+def test_a_folder_of_any_name_is_prepared(data, name, environment):
+    folder = data.rename(data.parent / os.fsdecode(name))
+    cut(FILE)(folder)
+    packs = f"--pack_folder={folder.parent / 'packs'}"
+    options = ["--on_bad_file=skip", "--max_bad_share=0.1"]
+    for _ in range(2):  # packs, then finds the pack
+        done = run(
+            "ml2022hw4_prepare",
+            [folder, packs, *options],
+            real=True,
+            environment=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "15 labelled and 4 test utterances" in done.stdout
+    done = run("ml2022hw4_prepare", [folder, packs])
+    assert_one_sentence(done, f"{FILE}: not a readable")
+
+
+def test_files_that_a_locale_cannot_name(data):
+    """One sentence says so, and its cure works."""
+    new = unicodedata.normalize("NFC", "\u00e9\u2603.pt")
+    rename_file(new)(data)
+    (data / FILE).rename(data / new)
+    arguments = [data, f"--pack_folder={data.parent / 'packs'}"]
+    done = run("ml2022hw4_prepare", arguments, real=True, environment=POSIX)
+    assert_one_sentence(
+        done,
+        r"feature_path '\xe9\u2603.pt' (1 of 1) can't be named in this sys",
+        "set the environment variable PYTHONUTF8=1",
+    )
+    cured = {**POSIX, "PYTHONUTF8": "1"}
+    done = run("ml2022hw4_prepare", arguments, real=True, environment=cured)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_pack_folder_that_cannot_be_written_names_its_option(data):
+    packs = data.parent / "packs"
+    packs.write_text("a file")
+    done = run("ml2022hw4_prepare", [data, f"--pack_folder={packs}"])
+    assert_one_sentence(done, "--pack_folder", str(packs))
+
+
+def test_features_beyond_a_type_are_packed_in_the_one_that_is_advised(data):
+    value_at(1e6)(data)
+    arguments = [data, f"--pack_folder={data.parent / 'packs'}"]
+    done = run("ml2022hw4_prepare", arguments)
+    assert_one_sentence(
+        done, "values beyond float16; give --pack_dtype float32"
+    )
+    done = run("ml2022hw4_prepare", [*arguments, "--pack_dtype=float32"])
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_trains_on_those_who_are_there(data):
+    some_speakers(data)
+    arguments = [data, f"--pack_folder={data.parent / 'packs'}"]
+    done = run("ml2022hw4_prepare", arguments)
+    assert_one_sentence(done, "or give --speakers present")
+    done = run("ml2022hw4_prepare", [*arguments, "--speakers", "present"])
+    assert "is valid: 2 speakers, 8 labelled and 4 test" in done.stdout
+
+
+def test_a_folder_of_any_name_is_trained_on(data):
+    rename_file("\u00e9 {0}.pt")(data)
+    (data / FILE).rename(data / "\u00e9 {0}.pt")
+    data = data.rename(data.parent / os.fsdecode(b"caf\xe9 {x}"))
+    output = data.parent / "out"
+    done = run_train(data, output, "--number_of_epochs=1")
+    assert done.returncode == 0, done.stderr
+    before = (output / "submission.csv").read_text()
+    for more in ([], [f"--data_folder={data}", f"--submission={output}/b.csv"]):
+        done = run_predict(output, *more)
+        assert done.returncode == 0, done.stderr
+    for name in ("submission.csv", "b.csv"):
+        assert (output / name).read_text() == before
+
+
+@pytest.mark.parametrize("split", ["session", "random"])
+def test_one_utterance_each_is_trained_on_as_advised(tmp_path, split):
+    data = make_corpus(tmp_path / "data", n_utterances=1)
+    output = tmp_path / "out"
+    done = run_train(data, output, f"--split={split}")
+    assert_one_sentence(done, "no speaker has two utterances", "--split none")
+    done = run_train(data, output, "--split=none", "--number_of_epochs=1")
+    assert done.returncode == 0, done.stderr

@@ -1,14 +1,16 @@
 """predict.py and SpeakerIdentifier say what training's own test said."""
 
 import json
+import os
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 from corpus import make_corpus
-from harness import assert_one_sentence, results, run_predict
+from harness import assert_one_sentence, results, run_predict, run_train
 
 from ml2022hw4_prepare import prepare
 from spkid.data import manifest
@@ -118,3 +120,71 @@ def test_confidences_of_windows_are_not_those_of_utterances(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Test accuracy" in done.stdout
     assert "Estimated test accuracy" not in done.stdout
+
+
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "shape": lambda path: path.write_text("[1]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["results.json", "evaluation.npz", "run.json"])
+def test_what_is_not_needed_may_be_damaged(finished, tmp_path, name, damage):
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    before = (output / "submission.csv").read_text()
+    (output / "submission.csv").unlink()
+    DAMAGES[damage](output / name)
+    done = run_predict(output)
+    assert done.returncode == 0, done.stderr
+    assert (output / "submission.csv").read_text() == before
+    estimated = "Estimated test accuracy" in done.stdout
+    assert estimated == (name == "run.json")
+    warned = "No accuracy is estimated: train.py --test_only" in done.stderr
+    assert warned == (name != "run.json" and damage != "missing")
+
+
+@pytest.mark.parametrize("name", ["speakers.txt", "model/classifier.ckpt"])
+def test_the_cure_of_a_damaged_run_works(finished, tmp_path, data, name):
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    whole = (output / name).read_bytes()
+    (output / name).write_bytes(whole[: len(whole) // 2])
+    assert_one_sentence(run_predict(output), "with train.py --test_only")
+    done = run_train(data, output, "--test_only")
+    assert done.returncode == 0, done.stderr
+    done = run_predict(output)
+    assert done.returncode == 0, done.stderr
+    assert "Estimated test accuracy" in done.stdout
+
+
+def test_a_strangers_class_needs_trust(finished, tmp_path):
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    path, old = output / "hyperparams.yaml", "spkid.models.AttentiveStatistics"
+    (tmp_path / "mine.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
+        "from spkid.models import AttentiveStatisticsPooling\n"
+    )
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, "mine.AttentiveStatistics"))
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    here = {"environment": {"PYTHONPATH": paths}, "folder": tmp_path}
+    done = run_predict(output, **here, real=True)
+    assert_one_sentence(done, "!new:mine.AttentiveStatisticsPooling", "--trust")
+    assert not (tmp_path / "ran").exists()
+    done = run_predict(output, "--trust", **here, real=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of other systems")
+@pytest.mark.parametrize("name", ["n" * 250, os.fsdecode(b"caf\xe9")])
+def test_other_data_may_have_any_name(finished, tmp_path, name):
+    new, output = make_corpus(tmp_path / name, n_test=3), finished[0]
+    done = run_predict(output, f"--data_folder={new}")
+    assert done.returncode == 0, done.stderr
+    (made,) = output.glob(f"submission-{name[:3]}*.csv")
+    assert len(made.read_text().splitlines()) == 4
+    made.unlink()

@@ -2,10 +2,20 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 from corpus import make_corpus
-from harness import ROOT, assert_one_sentence, run, run_train, train_arguments
+from harness import (
+    ROOT,
+    assert_one_sentence,
+    run,
+    run_train,
+    start,
+    train_arguments,
+)
+
+from spkid.files import lock_folder
 
 
 def contents(folder):
@@ -219,3 +229,34 @@ def test_a_failed_start_does_not_bind_the_next_one(
     done = run_train(data, output, *right, "--number_of_epochs=1")
     assert done.returncode == 0, done.stderr
     assert (output / "results.json").exists()
+
+
+def two_ranks(arguments):
+    """How both processes of a run end."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place["WORLD_SIZE"] = "2"
+    ranks = [
+        start("train", arguments, environment={**place, **own})
+        for own in ({"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1"))
+    ]
+    return [process.wait(60) for process in ranks]
+
+
+@pytest.mark.slow
+def test_what_the_first_process_refuses_ends_all(data, tmp_path):
+    """Whether it fails over the data, a lock, or what it can't write."""
+    output = tmp_path / "out"
+    broken = make_corpus(tmp_path / "broken")
+    (broken / "uttr-1-1.pt").write_bytes(b"<html>404</html>")
+    for done in two_ranks(train_arguments(broken, output)):
+        assert_one_sentence(done, "uttr-1-1.pt")
+    lock = lock_folder(output / "save")
+    for done in two_ranks(train_arguments(data, output)):
+        assert_one_sentence(done, "another process is using it")
+    lock.release()
+    (output / "hyperparams.yaml").mkdir()
+    for done in two_ranks(train_arguments(data, output)):
+        assert_one_sentence(done, "hyperparams.yaml: could not be written")

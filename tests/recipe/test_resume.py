@@ -1,6 +1,8 @@
 """Runs that are killed, or whose disk is full, at each kind of moment."""
 
+import errno
 import functools
+import os
 import shutil
 import signal
 import subprocess
@@ -8,9 +10,11 @@ from pathlib import Path
 
 import chaos
 import pytest
+import torch
 from harness import (
     CAN_FORK,
     assert_one_sentence,
+    results,
     run_train,
     same,
     weights,
@@ -66,6 +70,108 @@ def test_two_runs_in_one_folder_are_refused(data, tmp_path):
     lock.release()
     done = go(data, output)
     assert done.returncode == 0, done.stderr
+
+
+def test_two_runs_with_one_save_folder_are_refused(data, calm, tmp_path):
+    saved, output = tmp_path / "saved", tmp_path / "out"
+    (saved / "saving+CKPT+save-000001").mkdir(parents=True)
+    lock = lock_folder(saved)
+    done = go(data, output, f"--save_folder={saved}")
+    words = f"{saved}: another process is using it; wait until it ends, or "
+    assert_one_sentence(done, words + "give another --save_folder.")
+    assert len(list(saved.iterdir())) == 2, "what the other one saves is swept"
+    lock.release()
+    done = go(data, output, f"--save_folder={saved}")
+    assert done.returncode == 0, done.stderr
+    assert same(weights(calm), weights(output))
+
+
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, reason="under nohup"
+)
+def test_a_closed_connection_saves_and_the_run_resumes(data, calm, tmp_path):
+    """The signal goes to the loaders' processes, too."""
+    hang_up = functools.partial(killpg_own, signal.SIGHUP)
+    more = ["--num_workers=2", "--ckpt_interval_steps=100"]
+    fate = ("step", 3, False)
+    done = go(data, tmp_path / "out", *more, fate=fate, do=hang_up)
+    assert done.returncode == 129, done.stderr
+    assert "command again to resume" in done.stdout + done.stderr
+    assert len(list(tmp_path.glob("out/save/CKPT*"))) == 1
+    done = go(data, tmp_path / "out", *more)
+    assert done.returncode == 0, done.stderr
+    assert same(weights(calm), weights(tmp_path / "out"))
+
+
+def killpg_own(number):
+    os.killpg(os.getpid(), number)
+
+
+def test_other_features_are_another_run(data, tmp_path):
+    """They have replaced the first ones between a kill and a resume."""
+    copy, output = shutil.copytree(data, tmp_path / "data"), tmp_path / "out"
+    done = go(copy, output, fate=("step", 3, True))
+    assert done.returncode == -signal.SIGKILL
+    path = copy / "uttr-1-1.pt"
+    torch.save(torch.load(path) + 0.5, path)
+    done = go(copy, output)
+    assert_one_sentence(done, f"started with other features, from {copy}")
+    shutil.copy2(data / path.name, path)
+    done = go(copy, output)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_damaged_checkpoint_is_not_tested(data, calm, tmp_path):
+    output = shutil.copytree(calm, tmp_path / "out")
+    *_, newest = sorted((output / "save").glob("CKPT*"))
+    (newest / "counter.ckpt").write_text("")
+    done = go(data, output, "--test_only")
+    assert done.returncode == 0, done.stderr
+    assert "counter.ckpt is damaged" in done.stdout + done.stderr
+    assert results(output)["averaged_checkpoints"] == 1
+    done = go(data, output)  # trains the epoch again
+    assert done.returncode == 0, done.stderr
+    assert same(weights(calm), weights(output))
+
+
+def no_space():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_where_nothing_can_be_saved_a_run_ends_at_once(data, calm, tmp_path):
+    output = tmp_path / "out"
+    done = go(data, output, fate=("saving", 1, False), do=no_space)
+    words = "not even the first checkpoint could be saved (No space left on"
+    assert_one_sentence(done, words, "free some space, and give the same")
+    assert not list((output / "save").glob("*CKPT*"))
+    done = go(data, output)
+    assert done.returncode == 0, done.stderr
+    assert same(weights(calm), weights(output))
+    assert results(output)["unsaved_epochs"] == []
+
+
+LEFT = [
+    *("results.json", "submission.csv", "evaluation.npz", "speakers.txt"),
+    *("report.html", "hyperparams.yaml", "run.json", "log.txt"),
+    *("model/embedding_model.ckpt", "manifests/train.json"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEFT)
+def test_what_can_not_be_written_costs_a_sentence(data, calm, tmp_path, name):
+    """A folder stands in its place; without it, the same command ends well."""
+    output = tmp_path / "out"
+    (output / name / "x").mkdir(parents=True)
+    (output / "lock").touch()  # a run has been here
+    (output / name).parent.joinpath("lock").touch()
+    packs = f"--pack_folder={data.parent / 'packs'}"
+    done = go(data, output, packs, report=True)
+    assert_one_sentence(done, name.rpartition("/")[2])
+    shutil.rmtree(output / name)
+    done = go(data, output, packs, report=True)
+    assert done.returncode == 0, done.stderr
+    assert same(weights(calm), weights(output))
 
 
 @pytest.fixture

@@ -154,6 +154,56 @@ def test_a_debug_run_leaves_nothing(data, tmp_path):
     assert not list((tmp_path / "out").glob("[!p]*")), "only packs are left"
 
 
+def test_a_debug_run_leaves_what_it_did_not_make(data, tmp_path):
+    mine = tmp_path / "out" / "debug" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    saved = tmp_path / "saved" / "saving+CKPT+1"
+    saved.mkdir(parents=True)
+    more = [f"--save_folder={saved.parent}", f"--manifest_folder={tmp_path}"]
+    for fails in (["--lr=1000", "--nonfinite_patience=0"], []):
+        done = run_train(data, tmp_path / "out", "--debug", *more, *fails)
+        assert "Traceback" not in done.stderr
+        assert mine.read_text() == "years of work"
+        assert saved.exists()
+        left = {path.name for path in (tmp_path / "out").iterdir()}
+        assert left == {"debug", "packs"}
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "saved"}
+
+
+SPEAKERS = ["Ann {guest}", "{{2}}", "%s <b>", '$x "q", y']
+
+
+def test_names_are_kept_whatever_they_hold(data, tmp_path):
+    """SpeechBrain's load_data_json formats them."""
+    odd = shutil.copytree(data, tmp_path / "da{t}a")
+    names = dict(zip([f"id{i:05d}" for i in range(4)], SPEAKERS, strict=True))
+    for path in odd.glob("*.json"):
+        text = path.read_text()
+        for name, new in names.items():
+            text = text.replace(f'"{name}"', json.dumps(new))
+        path.write_text(text.replace("uttr-1-1.pt", "uttr-{1}-{{1}}.pt"))
+    (odd / "uttr-1-1.pt").rename(odd / "uttr-{1}-{{1}}.pt")
+    output = tmp_path / "o{u}t"
+    done = run_train(odd, output, fate=("validation", 2, True))
+    assert done.returncode == -9
+    done = run_train(odd, output, report=True)
+    assert done.returncode == 0, done.stderr
+    found = (output / "speakers.txt").read_text().splitlines()
+    assert found == SPEAKERS[::-1]
+    submission = (output / "submission.csv").read_text()
+    with open(output / "submission.csv", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    assert {name for _, name in rows} <= set(SPEAKERS)
+    assert results(output)["test"]["accuracy"] >= 0.5
+    assert "%s <b>" not in (output / "report.html").read_text()
+    (output / "submission.csv").unlink()
+    done = run_predict(output)
+    assert done.returncode == 0, done.stderr
+    assert (output / "submission.csv").read_text() == submission
+
+
 def test_without_test_utterances_there_still_is_a_run(tmp_path):
     data = make_corpus(tmp_path / "data", n_test=0, labels=False)
     done = run_train(data, tmp_path / "out", "--number_of_epochs=1")

@@ -1,9 +1,12 @@
 """A fingerprint is what its docstring says, and is made once."""
 
+import os
+
 import numpy as np
+import pytest
 import torch
 
-from spkid.data import Corpus, Utterance, open_features
+from spkid.data import Corpus, FeatureFiles, Utterance, open_features
 from spkid.sessions import fingerprint, fingerprints, pack_fingerprints
 
 
@@ -18,7 +21,8 @@ def test_a_fingerprint_by_hand():
     np.testing.assert_allclose(fingerprint(frames[:1], *frames[:2])[6:], 0)
 
 
-def test_fingerprints_are_kept_beside_the_pack(tmp_path, monkeypatch):
+@pytest.fixture
+def pack(tmp_path):
     generator = np.random.default_rng(0)
     names = "a.pt", "b.pt"
     for name in names:
@@ -29,16 +33,52 @@ def test_fingerprints_are_kept_beside_the_pack(tmp_path, monkeypatch):
     pack, _ = open_features(
         corpus, tmp_path / "packs", pack_dtype="float32", progress=False
     )
+    return pack
+
+
+def test_fingerprints_are_kept_beside_the_pack(pack, tmp_path, monkeypatch):
     found = pack_fingerprints(pack, ["b.pt"], progress=False)
     frames = torch.load(tmp_path / "b.pt").numpy()
     expected = fingerprint(frames, frames.mean(axis=0), frames.std(axis=0))
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
-    cache = pack.file.with_name("fingerprints.npy")
-    cache.write_bytes(cache.read_bytes()[:99])  # damaged: made again
-    pack_fingerprints(pack, ["a.pt"], progress=False)
-    files, _ = open_features(corpus, pack=False)
+    utterances = [Utterance(name, 30) for name in ("a.pt", "b.pt")]
+    files = FeatureFiles(tmp_path, utterances, n_mels=4)
     direct = pack_fingerprints(files, ["b.pt"], progress=False)
     np.testing.assert_allclose(direct, found, atol=1e-5)
     monkeypatch.setattr(fingerprints, "fingerprint", None)
     again = pack_fingerprints(pack, ["a.pt", "b.pt"], progress=False)
     np.testing.assert_array_equal(again[1:], found)
+
+
+def saved(content):
+    return lambda path: np.save(path, content, allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:99]),
+        lambda path: path.write_bytes(path.read_bytes()[:-40] + bytes(40)),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"PK\x03\x04"),
+        saved(np.ones((2, 3), np.float32)),
+        saved(np.ones((2, 16), np.float32)),
+        saved(np.float32(1)),
+        saved(np.array([{}, {}])),
+        lambda path: (path.unlink(), os.mkfifo(path)),
+        lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+        lambda path: os.truncate(path, 2**40),
+    ],
+)
+def test_damaged_fingerprints_are_made_again(pack, damage):
+    names = ["b.pt", "a.pt"]
+    found = pack_fingerprints(pack, names, progress=False)
+    damage(pack.file.with_name("fingerprints.npy"))
+    again = pack_fingerprints(pack, names, progress=False)
+    np.testing.assert_array_equal(again, found)
+
+
+def test_a_pack_that_can_only_be_read_is_no_failure(pack):
+    cache = pack.file.with_name("fingerprints.npy")
+    cache.mkdir()  # can't be replaced by a file
+    assert len(pack_fingerprints(pack, ["a.pt"], progress=False)) == 1

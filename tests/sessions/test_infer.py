@@ -165,3 +165,10 @@ def test_written_sessions_are_numbered_within_speakers():
     assert found.label.tolist() == [1, 0, 0]
     assert found.speaker.tolist() == [1, 1, 0]
     assert json.dumps(found.label.tolist())
+
+
+def test_a_long_name_costs_its_own_length_alone():
+    """An array of texts would take 4 TB."""
+    names = ["x" * 10**6] + [str(n % 3) for n in range(10**6 - 1)]
+    found = known_sessions(names, [0] * len(names))
+    assert np.bincount(found.label)[-1] == 1 and found.label[0] == 3

@@ -1,17 +1,27 @@
 """The loop: accumulation, clipping, values that aren't finite."""
 
+import errno
 import math
 import os
 import signal
+import time
 
 import pytest
 import speechbrain as sb
 import torch
 from speechbrain.utils.checkpoints import Checkpointer
+from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 
 from spkid.errors import UserError
-from spkid.training import AtomicCheckpointer, RobustBrain
+from spkid.training import AtomicCheckpointer, RobustBrain, RunState
+from spkid.training.brain import STOP_SIGNALS
+
+
+@pytest.fixture(autouse=True)
+def without_flushing(monkeypatch):
+    """No test here takes the power away."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 class Line(RobustBrain):
@@ -154,6 +164,14 @@ def test_signal_handlers_are_given_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.fixture
+def hangs_up():
+    """SIGHUP as in a terminal, though the tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 class Signalled(Line):
     """Gets a signal once, or twice, in its second batch."""
 
@@ -169,9 +187,16 @@ class Signalled(Line):
 
 @pytest.mark.parametrize(
     ("name", "code"),
-    [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 128 + signal.SIGUSR1)],
+    [
+        ("SIGTERM", 143),
+        ("SIGINT", 130),
+        ("SIGUSR1", 128 + signal.SIGUSR1),
+        ("SIGHUP", 129),
+    ],
 )
-def test_a_signal_saves_after_the_batch_and_ends(tmp_path, name, code):
+def test_a_signal_saves_after_the_batch_and_ends(
+    tmp_path, hangs_up, name, code
+):
     brain = make(Signalled, max_grad_norm=0.0)
     brain.checkpointer = AtomicCheckpointer(tmp_path)
     brain.checkpointer.add_recoverable("brain", brain)
@@ -197,8 +222,8 @@ def test_a_signal_waits_for_the_end_of_a_group(tmp_path):
     assert "step: 3" in (saved / "brain.ckpt").read_text()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_second_signal_ends_at_once(tmp_path, name):
+@pytest.mark.parametrize("name", STOP_SIGNALS)
+def test_a_second_signal_ends_at_once(tmp_path, hangs_up, name):
     brain = make(Signalled)
     brain.checkpointer = AtomicCheckpointer(tmp_path)
     brain.times, brain.name = 2, name
@@ -206,6 +231,66 @@ def test_a_second_signal_ends_at_once(tmp_path, name):
         fit(brain, [1, 2, 4])
     assert caught.value.code == 128 + getattr(signal, name)
     assert not list(tmp_path.iterdir())
+
+
+def test_nohup_keeps_a_run_alive(hangs_up):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    brain = make(Signalled, max_grad_norm=0.0)
+    brain.name = "SIGHUP"
+    assert fit(brain, [1, 2, 4]) == [-7.0]
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+@pytest.mark.skipif(not hasattr(os, "forkpty"), reason="needs terminals")
+def test_a_terminal_that_is_closed_costs_no_checkpoint(tmp_path):
+    """What is printed there fails from then on."""
+
+    class Printing(Signalled):
+        def compute_forward(self, batch, stage):
+            self.seen += 1
+            if self.seen == 2:
+                print("hang up", flush=True)
+                while self._signal is None:
+                    time.sleep(0.001)
+            print("still here", flush=True)
+            return Line.compute_forward(self, batch, stage)
+
+    child, terminal = os.forkpty()
+    if child == 0:
+        code = 1
+        try:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            os.dup2(0, 1)  # pytest has captured it
+            os.dup2(0, 2)
+            print_to = os.fdopen(1, "w", closefd=False)
+            import sys
+
+            sys.stdout = sys.stderr = print_to
+            brain = make(Printing)
+            brain.checkpointer = AtomicCheckpointer(tmp_path)
+            brain.checkpointer.add_recoverable("brain", brain)
+            brain.fit(range(1), loader([1, 2, 4]))  # with its progress bar
+        except SystemExit as error:
+            code = error.code
+        finally:
+            os._exit(code)
+    said = b""
+    while b"hang up" not in said:
+        said += os.read(terminal, 1024)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    assert [path.name for path in tmp_path.iterdir()] == ["CKPT+save-000001"]
+
+
+@pytest.mark.parametrize("missing", ["SIGUSR1", "SIGHUP"])
+def test_where_a_signal_is_missing_the_others_work(
+    tmp_path, monkeypatch, missing
+):
+    monkeypatch.delattr(signal, missing)
+    brain = make(Signalled)
+    with pytest.raises(SystemExit) as caught:
+        fit(brain, [1, 2, 4])
+    assert caught.value.code == 143
 
 
 def test_a_signal_in_validation_ends_it_at_once():
@@ -240,6 +325,323 @@ def test_the_mean_loss_is_that_of_the_batches_that_are_finite():
         assert all(2.0 < mean < 8.0 for mean in brain.means)
         if len(losses) == 3:
             assert brain.means == pytest.approx([5.0] * 4)
+
+
+SCORES = {1: 0.3, 2: 0.5, 3: 0.9, 4: 0.7}  # of the epochs
+
+
+class Learner(RobustBrain):
+    """Saves each epoch; dropout tells whether random states came back."""
+
+    def compute_forward(self, batch, stage):
+        return self.modules.net(batch)
+
+    def compute_objectives(self, predictions, batch, stage):
+        return predictions.square().mean() + predictions.mean()
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        if stage == sb.Stage.VALID:
+            score = {"score": SCORES[epoch]}
+            self.save_epoch(score, max_key="score", num_to_keep=2)
+
+
+def learner(folder, **run_opts):
+    """A run of four epochs, from what is in the folder."""
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(1, 4), torch.nn.Dropout(), torch.nn.Linear(4, 1)
+    )
+    counter = EpochCounter(4)
+    parts = {"net": net, "counter": counter, "state": RunState()}
+    brain = Learner(
+        {"net": net},
+        lambda p: torch.optim.SGD(p, 0.1),
+        run_opts={"device": "cpu", "ckpt_interval_steps": 1, **run_opts},
+        checkpointer=AtomicCheckpointer(folder, parts),
+    )
+    return brain, counter
+
+
+def train(folder, **run_opts):
+    """Fits to the end; gives the tested weights."""
+    brain, counter = learner(folder, **run_opts)
+    # Else starting an epoch would draw from the dropout's generator.
+    apart = {"batch_size": None, "generator": torch.Generator()}
+    data = sb.dataio.dataloader.SaveableDataLoader(
+        [torch.full((2, 1), float(value)) for value in (1, 2, 3)], **apart
+    )
+    valid = torch.utils.data.DataLoader([torch.ones(1, 1)], **apart)
+    brain.checkpointer.add_recoverable("dataloader", data)
+    brain.fit(counter, data, valid, progressbar=False)
+    brain.checkpointer.load_average(2, "score", ("net",))
+    flat = torch.cat([p.detach().flatten() for p in brain.modules.parameters()])
+    return flat, brain
+
+
+def epochs_of(folder):
+    return [
+        (c.meta["epoch"], c.meta["end-of-epoch"])
+        for c in AtomicCheckpointer(folder).list_checkpoints()
+    ]
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calm")
+    weights = train(folder)[0]
+    assert epochs_of(folder) == [(2, True), (3, True), (4, True)][-3:]
+    return weights
+
+
+def dies_at(monkeypatch, call):
+    """The run ends at this call of fit_batch; what is saved stays."""
+    calls, real = 0, Learner.fit_batch
+
+    def fit_batch(self, batch):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    monkeypatch.setattr(Learner, "fit_batch", fit_batch)
+
+
+@pytest.mark.parametrize("death", [None, 5, 8])
+@pytest.mark.parametrize(
+    "jumps", [{4: 600}, {4: -600}, {4: 600, 7: -600}, "still"]
+)
+def test_clocks_change_nothing(calm, tmp_path, monkeypatch, jumps, death):
+    """They jump once by ten minutes at some batch, or stand still."""
+    now, batches, real = time.time(), 0, Learner.fit_batch
+    show = time.strftime
+
+    def fit_batch(self, batch):
+        nonlocal now, batches
+        batches += 1
+        now += 0.0 if jumps == "still" else 1.0 + jumps.get(batches, 0)
+        return real(self, batch)
+
+    monkeypatch.setattr(Learner, "fit_batch", fit_batch)
+    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(
+        time, "strftime", lambda form, *_: show(form, time.gmtime(now))
+    )
+    if death:
+        with monkeypatch.context() as patched:
+            dies_at(patched, death)
+            with pytest.raises(KeyboardInterrupt):
+                train(tmp_path)
+    assert torch.equal(train(tmp_path)[0], calm)
+    assert epochs_of(tmp_path) == [(2, True), (3, True), (4, True)]
+
+
+@pytest.mark.parametrize("jump", [-6000, 6000])
+def test_mid_epoch_checkpoints_have_their_own_clock(
+    tmp_path, monkeypatch, jump
+):
+    """Every ten minutes, whatever the time of day says."""
+    now, saved = 0.0, []
+
+    class Slow(Line):
+        def fit_batch(self, batch):
+            nonlocal now
+            now += 240
+            if self.step == 2:
+                monkeypatch.setattr(time, "time", lambda: 1e9 + jump)
+            return super().fit_batch(batch)
+
+        def _save_intra_epoch_ckpt(self):
+            saved.append(self.step)
+            super()._save_intra_epoch_ckpt()
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    brain = make(Slow, ckpt_interval_minutes=10)
+    brain.checkpointer = AtomicCheckpointer(tmp_path)
+    fit(brain, [0.0] * 10)
+    assert saved == [3, 6, 9, 10]
+
+
+FILES = ["net", "counter", "state", "dataloader", "brain", "optimizer"]
+
+
+@pytest.mark.parametrize("name", [*(f"{f}.ckpt" for f in FILES), "CKPT.yaml"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "cut", "zeroed", "deleted", "junk"]
+)
+def test_a_damaged_file_costs_a_checkpoint_but_no_bit(
+    calm, tmp_path, monkeypatch, caplog, name, damage
+):
+    with monkeypatch.context() as patched:
+        dies_at(patched, 8)  # after epoch 2 and a batch of the third
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    assert epochs_of(tmp_path) == [(1, True), (2, True), (3, False)]
+    file = AtomicCheckpointer(tmp_path).find_checkpoint().path / name
+    content = file.read_bytes()
+    pieces = {
+        "empty": b"",
+        "cut": content[:-1],
+        "zeroed": bytes(len(content)),
+        "junk": b"7",
+    }
+    if damage == "deleted":
+        file.unlink()
+    else:
+        file.write_bytes(pieces[damage])
+        if pieces[damage] == content:
+            file.write_bytes(b"9")
+    assert torch.equal(train(tmp_path)[0], calm)
+    assert f"{name} is damaged" in caplog.text
+
+
+def full_at(monkeypatch, epochs, number=errno.ENOSPC):
+    """These epochs can't be saved, nor the batches after the one before."""
+
+    def save(self, path):
+        if self.brain.epoch in epochs:
+            raise OSError(number, os.strerror(number))
+        return real(self, path)
+
+    real = RunState.save
+    monkeypatch.setitem(sb.utils.checkpoints.DEFAULT_SAVE_HOOKS, RunState, save)
+    original = learner
+
+    def with_brain(*args, **kwargs):
+        brain, counter = original(*args, **kwargs)
+        brain.checkpointer.recoverables["state"].brain = brain
+        return brain, counter
+
+    monkeypatch.setitem(globals(), "learner", with_brain)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "words"),
+    [
+        ({4}, "epoch 4 could not be saved (No space left on device), so "),
+        ({2, 3, 4}, "epochs 2, 3, 4 could not be saved (No space left on"),
+    ],
+)
+def test_a_run_whose_last_epoch_is_not_saved_has_no_result(
+    calm, tmp_path, monkeypatch, epochs, words
+):
+    with monkeypatch.context() as patched:
+        full_at(patched, epochs)
+        with pytest.raises(UserError) as caught:
+            train(tmp_path)
+    assert words in str(caught.value)
+    assert "nothing was tested; free some space, and give" in str(caught.value)
+    weights, brain = train(tmp_path)
+    assert torch.equal(weights, calm)
+    assert brain.unsaved_epochs == []
+
+
+def test_an_epoch_that_is_not_saved_is_counted_also_after_a_resume(
+    tmp_path, monkeypatch, caplog
+):
+    with monkeypatch.context() as patched:
+        full_at(patched, {2})
+        dies_at(patched, 9)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    assert "The run keeps the last good one" in caplog.text
+    assert epochs_of(tmp_path) == [(1, True), (3, False)]
+    assert train(tmp_path)[1].unsaved_epochs == [2]
+
+
+def test_the_last_epoch_is_tried_once_more(calm, tmp_path, monkeypatch):
+    """By then there is room again."""
+    tries, real = 0, AtomicCheckpointer.save_checkpoint
+
+    def save(self, meta=None, end_of_epoch=True, **kwargs):
+        nonlocal tries
+        if end_of_epoch and meta["score"] == SCORES[4]:
+            tries += 1
+            if tries == 1:
+                self.failure = ("No space left on device", "free some space")
+                return None
+        return real(self, meta, end_of_epoch, **kwargs)
+
+    monkeypatch.setattr(AtomicCheckpointer, "save_checkpoint", save)
+    weights, brain = train(tmp_path)
+    assert tries == 2
+    assert torch.equal(weights, calm)
+    assert brain.unsaved_epochs == []
+    newest = AtomicCheckpointer(tmp_path).find_checkpoint()
+    assert "unsaved_epochs: []" in newest.paramfiles["brain"].read_text()
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [(errno.ENOSPC, "free some space"), (errno.EIO, "check the disk")],
+)
+def test_where_nothing_can_be_saved_a_run_ends_at_once(
+    tmp_path, monkeypatch, number, cure
+):
+    full_at(monkeypatch, {1}, number)
+    words = f"not even the first checkpoint .*; {cure}, and give the same"
+    with pytest.raises(UserError, match=words):
+        train(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            RuntimeError(
+                "DataLoader worker (pid 7) is killed by signal: Killed. "
+            ),
+            "give fewer --num_workers, as 0, and give the same command again",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"),
+            "free some memory, or give fewer --num_workers, as 0",
+        ),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 7) is killed by signal: Bus error. It "
+                "is possible that dataloader's workers are out of shared "
+                "memory. Please try to raise your shared memory limit."
+            ),
+            r"\(/dev/shm\) is full: give --num_workers 0, or enlarge it",
+        ),
+        (
+            RuntimeError(
+                "unable to allocate shared memory(shm) for file </torch_1_2>: "
+                "No space left on device (28)"
+            ),
+            r"\(/dev/shm\) is full: give --num_workers 0, or enlarge it",
+        ),
+    ],
+)
+def test_what_happens_to_workers_is_a_sentence(error, words):
+    class Broken(Line):
+        def compute_forward(self, batch, stage):
+            raise error
+
+    with pytest.raises(UserError, match=words):
+        fit(make(Broken), [1])
+
+
+class Deadly(torch.utils.data.Dataset):
+    """Its worker is killed while it loads the second item."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 1 and torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.ones(1, 1)
+
+
+def test_a_killed_worker_ends_the_run_with_a_sentence():
+    data = torch.utils.data.DataLoader(Deadly(), None, num_workers=1)
+    with pytest.raises(UserError, match="process that loads features has end"):
+        make().fit(range(1), data, progressbar=False)
+    data = torch.utils.data.DataLoader(Deadly(), None)  # as the cure says
+    make().fit(range(1), data, progressbar=False)
 
 
 def test_another_kind_of_runtime_error_keeps_its_traceback():

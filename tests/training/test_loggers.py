@@ -1,7 +1,11 @@
 """A log has one line an epoch, whatever killed the run or filled the disk."""
 
 import errno
+import json
 import os
+from pathlib import Path
+
+import pytest
 
 from spkid.training import EpochLogger, EpochTensorboardLogger
 
@@ -33,6 +37,73 @@ def test_a_line_that_could_not_be_written_comes_with_the_next(
     assert "No space left" in caplog.text
     log.log_stats({"epoch": 2}, {"loss": 0.25}, verbose=False)
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
+
+
+def log_two(path):
+    for epoch in (1, 2):
+        log = EpochLogger(path)  # as after a kill
+        log.log_stats({"epoch": epoch}, {"loss": 0.5}, verbose=False)
+
+
+ILL = [
+    b"{",
+    b"7",
+    b"[7]",
+    b'{"epoch": 1}',
+    b'[{"loss": 1}]',
+    b'[{"epoch": "1"}]',
+    b"[null]",
+    b"\xff\x00",
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("content", ILL)
+def test_an_ill_shaped_history_costs_no_line(tmp_path, caplog, content):
+    history = tmp_path / "history.json"
+    history.write_bytes(content)
+    log_two(tmp_path / "log.txt")
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
+    assert "history.json: isn't a list of epochs; move it away" in caplog.text
+    assert history.read_bytes() == content
+    history.unlink()
+    EpochLogger(tmp_path / "log.txt").log_stats({"epoch": 3}, verbose=False)
+    assert [row["epoch"] for row in json.loads(history.read_text())] == [3]
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", ["log.txt", "history.json"])
+@pytest.mark.parametrize("kind", ["folder", "device"])
+def test_what_is_no_file_is_left_alone(tmp_path, caplog, name, kind):
+    if kind == "folder":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).symlink_to("/dev/null")
+    log_two(tmp_path / "log.txt")
+    assert f"{name}: can't be read" in caplog.text
+    assert "The run continues." in caplog.text
+    kept = (tmp_path / name).is_symlink(), (tmp_path / name).is_dir()
+    assert kept == (kind == "device", kind == "folder")
+    (other,) = {"log.txt", "history.json"} - {name}
+    assert (tmp_path / other).read_text().count("epoch") == 2
+
+
+def test_a_folder_that_cannot_be_written_ends_no_run(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    log_two(tmp_path / "file" / "log.txt")
+    assert "The run continues." in caplog.text
+
+
+def test_other_lines_of_a_log_stay(tmp_path):
+    path = Path(tmp_path / "log.txt")
+    path.write_text("a note\nepoch: 1 - loss: 9\nepoch: 12 - loss: 9\n")
+    log = EpochLogger(path)
+    log.log_stats({"epoch": 2}, {"loss": 0.5}, verbose=False)
+    assert path.read_text().splitlines() == [
+        "a note",
+        "epoch: 1 - loss: 9",
+        "epoch: 2 - train loss: 5.00e-01",
+    ]
 
 
 def test_tensorboards_steps_are_epochs(tmp_path):

@@ -1,6 +1,8 @@
 """A run's folder: what it was started with, and who may use it."""
 
 import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,17 @@ from speechbrain.core import RunOptions
 from ml2022hw4_prepare import read_corpus
 from spkid.errors import UserError
 from spkid.evaluation import Expectation
+from spkid.files import lock_folder
 from spkid.hparams import Settings
-from spkid.training.run import RunFolder, check_identity, expectation_line
+from spkid.training import AtomicCheckpointer
+from spkid.training.run import (
+    RunFolder,
+    check_identity,
+    check_start,
+    debug_settings,
+    expectation_line,
+    readable_log_errors,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,11 +33,21 @@ def corpus(tmp_path_factory):
     return read_corpus(folder)[0]
 
 
+class Features:
+    """A pack that says what it holds."""
+
+    content = "a"
+
+    def digest(self):
+        return self.content
+
+
 def make(folder, corpus, options=None, **overrides):
     path = ROOT / "hparams" / "conformer.yaml"
     overrides["output_folder"] = str(folder)
     options = options or RunOptions(device="cpu")
-    return RunFolder(Settings(path, overrides), options, corpus)
+    settings = Settings(path, overrides)
+    return RunFolder(settings, options, corpus, Features())
 
 
 def begin(folder, corpus, **overrides):
@@ -85,6 +106,153 @@ def test_a_folder_has_one_run_at_a_time(tmp_path, corpus):
         make(tmp_path, corpus)
     del run
     make(tmp_path, corpus)
+
+
+FOLDERS = {
+    "output_folder": "out",
+    "save_folder": "deep/saves",
+    "manifest_folder": "lists",
+    "train_log": "logs/log.txt",
+}
+
+
+@pytest.mark.parametrize("key", FOLDERS)
+@pytest.mark.parametrize("linked", [False, True])
+def test_whatever_a_run_writes_to_it_owns(tmp_path, corpus, key, linked):
+    """Another run may name the folder by another path."""
+    theirs = {k: str(tmp_path / "a" / v) for k, v in FOLDERS.items()}
+    ours = {k: str(tmp_path / "b" / v) for k, v in FOLDERS.items()}
+    run = make(theirs.pop("output_folder"), corpus, **theirs)
+    ours[key] = str(tmp_path / "a" / FOLDERS[key])
+    if linked:
+        (tmp_path / "link").symlink_to(tmp_path / "a")
+        ours[key] = str(tmp_path / "link" / FOLDERS[key])
+    output = ours.pop("output_folder")
+    with pytest.raises(UserError, match="another process is using it") as e:
+        make(output, corpus, **ours)
+    assert f"or give another --{key}." in str(e.value)
+    del run
+    make(output, corpus, **ours)
+
+
+def test_a_folder_inside_a_run_is_the_runs_own(tmp_path, corpus):
+    run = make(tmp_path / "a", corpus)
+    inner = str(tmp_path / "a" / "save")
+    with pytest.raises(UserError, match="give another --save_folder"):
+        make(tmp_path / "b", corpus, save_folder=inner)
+    del run
+
+
+def test_a_refused_run_has_touched_nothing(tmp_path, corpus):
+    """Its checkpointer would sweep what the other one is saving."""
+    (tmp_path / "a" / "save" / "saving+CKPT+1").mkdir(parents=True)
+    lock = lock_folder(tmp_path / "a" / "save")
+    with pytest.raises(UserError, match="another process is using it"):
+        make(tmp_path / "a", corpus)
+    assert (tmp_path / "a" / "save" / "saving+CKPT+1").exists()
+    lock.release()
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("output_folder", "submission.csv"),
+        ("output_folder", "train.py"),
+        ("output_folder", "model"),
+        ("manifest_folder", "train.json"),
+    ],
+)
+def test_files_of_the_users_own_are_not_written_over(
+    tmp_path, corpus, key, name
+):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    paths = {"output_folder": str(tmp_path / "out"), key: str(folder)}
+    words = f"{name}: is there already, and no run has written it"
+    with pytest.raises(UserError, match=words) as caught:
+        make(paths["output_folder"], corpus, **paths)
+    assert f"give another --{key}" in str(caught.value)
+    assert [path.name for path in folder.iterdir()] == [name]
+    (folder / name).rename(tmp_path / "away")
+    make(paths["output_folder"], corpus, **paths)
+
+
+def test_a_run_that_died_before_it_was_started_is_no_user(tmp_path, corpus):
+    make(tmp_path, corpus)
+    (tmp_path / "train.py").touch()
+    (tmp_path / "manifests" / "train.json").touch()
+    make(tmp_path, corpus)
+
+
+def test_checkpoints_of_an_unknown_run_are_not_resumed(tmp_path, corpus):
+    begin(tmp_path / "a", corpus)
+    saved = str(tmp_path / "a" / "save")
+    with pytest.raises(UserError, match=r"b/run\.json.* give another --save"):
+        make(tmp_path / "b", corpus, save_folder=saved)
+
+
+def test_a_run_knows_its_features(tmp_path, corpus, monkeypatch):
+    begin(tmp_path, corpus)
+    make(tmp_path, corpus)
+    monkeypatch.setattr(Features, "content", "b")
+    words = f"started with other features, from {corpus.folder}"
+    with pytest.raises(UserError, match=words):
+        make(tmp_path, corpus)
+    identity = json.loads((tmp_path / "run.json").read_text())
+    del identity["features"]  # as an older version wrote it
+    (tmp_path / "run.json").write_text(json.dumps(identity))
+    make(tmp_path, corpus)
+
+
+def settings_of(folder, **overrides):
+    path = ROOT / "hparams" / "conformer.yaml"
+    return Settings(path, {"output_folder": str(folder), **overrides})
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_debug_run_deletes_only_what_it_made(tmp_path, there, fails):
+    output, mine = tmp_path / "out", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "saving+CKPT+1").mkdir()
+    given = {"save_folder": str(mine), "manifest_folder": str(mine)}
+    if there:
+        (output / "debug").mkdir(parents=True)
+        (output / "debug" / "thesis.txt").touch()
+    error = RuntimeError("a fault")
+    with (
+        pytest.raises(RuntimeError) if fails else nullcontext(),
+        debug_settings(settings_of(output, **given)) as debugged,
+    ):
+        values = debugged.values
+        place = Path(values["output_folder"])
+        assert place.parent == output
+        for key in FOLDERS:
+            assert Path(values[key]).is_relative_to(place)
+        AtomicCheckpointer(values["save_folder"]).save_checkpoint()
+        if fails:
+            raise error
+    assert output.exists() == there
+    assert not there or (output / "debug" / "thesis.txt").exists()
+    assert not there or len(list(output.iterdir())) == 1
+    assert [path.name for path in mine.iterdir()] == ["saving+CKPT+1"]
+
+
+def test_tensorboard_is_looked_for_before_any_data(tmp_path, monkeypatch):
+    check_start(settings_of(tmp_path, use_tensorboard=True), RunOptions())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    check_start(settings_of(tmp_path), RunOptions())
+    with pytest.raises(UserError, match="pip install tensorboard, or give"):
+        check_start(settings_of(tmp_path, use_tensorboard=True), RunOptions())
+
+
+def test_a_bug_in_the_log_keeps_its_traceback(tmp_path):
+    with (
+        pytest.raises(ValueError, match="a bug"),
+        readable_log_errors(tmp_path),
+    ):
+        raise ValueError("a bug")
 
 
 def test_a_runs_settings_are_all_in_its_folder(tmp_path, corpus):

@@ -3,40 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import logging
 import os
-import shutil
-import signal
-import sys
-import tempfile
-import time
+import secrets
 import zlib
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from spkid.data.corpus import Corpus, Utterance
+from spkid.data.corpus import Corpus
 from spkid.data.feature_file import (
     FeatureFiles,
     check_feature_files,
     load_feature_file,
     utterance_moments,
 )
-from spkid.data.pack import FRAMES, INDEX, PackedFeatures
-from spkid.errors import DataError, Problem, UserError, one_of
+from spkid.data.pack import (
+    FRAMES,
+    INDEX,
+    DamagedPack,
+    PackedFeatures,
+    file_stamp,
+    seal,
+)
+from spkid.data.places import locked, publish, remove_pack, sweep
+from spkid.data.processes import in_processes
+from spkid.data.sources import Sources
+from spkid.distributed import rank
+from spkid.errors import FULL, DataError, Problem, UserError, one_of
+from spkid.files import UNSUPPORTED, flush, flush_folder
 
+logger = logging.getLogger(__name__)
 DTYPES = ("float16", "float32")
-CHUNK = 64  # files that a process packs and writes at once
-STALE_SECONDS = 3600  # a living build writes far more often
+CHUNK = 64  # files that a process reads at once
 
 
 def open_features(
@@ -50,15 +54,16 @@ def open_features(
 ) -> tuple[PackedFeatures | FeatureFiles, list[Problem]]:
     """Opens the features of a corpus and lists the files that can't be used.
 
-    A pack is rebuilt if a file changed since, or if one of those that could
-    not be packed can be read now.
+    A pack is rebuilt if it is damaged, if a file holds something else now, or
+    if one of those that could not be packed can be read now. Files whose size,
+    times and inode are as before are not read again.
 
     Arguments
     ---------
     corpus : Corpus
         Each of its files must exist.
     pack_folder : str or pathlib.Path, optional
-        Where packs are kept, a folder for each corpus.
+        Where packs are kept, a folder for each corpus and dtype.
     pack : bool
         False: the files themselves are read each time.
     pack_dtype : str
@@ -76,10 +81,11 @@ def open_features(
     Raises
     ------
     UserError
-        If the disk is full, or an existing pack is damaged.
+        If the pack can't be written.
 
     Example
     -------
+    >>> from spkid.data import Utterance
     >>> folder = getfixture("tmp_path")
     >>> torch.save(torch.ones(3, 40), folder / "a.pt")
     >>> (folder / "b.pt").touch()
@@ -98,77 +104,136 @@ def open_features(
     if pack_folder is None:
         raise ValueError("pack_folder must be given if pack is True.")
     one_of(pack_dtype, DTYPES, "pack_dtype")
-    place = os.path.realpath(folder)
-    name = hashlib.blake2b(place.encode(), digest_size=4).hexdigest()
-    target = Path(pack_folder, f"{os.path.basename(place)}-{name}")
-    stamps = f"{_stamps(folder, utterances)}-{n_mels}"
-    if (target / INDEX).exists():
-        old = PackedFeatures(target)
-        if (old.stamps, old.dtype) == (stamps, pack_dtype):
-            absent = [u for u in utterances if u.path not in old.row]
-            bad = check_feature_files(folder, absent, n_mels, pack_dtype)
-            if len(absent) == len(bad) == len(old.problems):
-                return old, bad
-        shutil.rmtree(target)
-    return _build(target, corpus, stamps, pack_dtype, progress)
+    packs = _Packs(corpus, Path(pack_folder), pack_dtype, progress)
+    before = file_stamp(packs.target / INDEX)
+    if found := packs.find():
+        return found
+    with locked(packs.target) as alone:
+        if file_stamp(packs.target / INDEX) != before and (
+            found := packs.find()  # another process has built it since
+        ):
+            return found
+        return packs.build(alone)
 
 
-def _stamps(folder: Path, utterances: Sequence[Utterance]) -> str:
-    """A digest of the files' names, frames, sizes and times of change."""
-    digest = hashlib.blake2b(digest_size=16)
-    for utterance in utterances:
-        path, length = utterance.path, utterance.length
-        info = os.stat(os.path.join(folder, path))
-        line = f"{path}\0{length}\0{info.st_size}\0{info.st_mtime_ns}\n"
-        digest.update(line.encode())
-    return digest.hexdigest()
+class _Packs:
+    """The packs of a corpus: that of its place, and those of others."""
 
+    def __init__(
+        self, corpus: Corpus, folder: Path, dtype: str, progress: bool
+    ) -> None:
+        self.corpus, self.dtype, self.progress = corpus, dtype, progress
+        self.sources = Sources(corpus, dtype)
+        self.target = folder / self.sources.pack
 
-def _build(
-    folder: Path, corpus: Corpus, stamps: str, dtype: str, progress: bool
-) -> tuple[PackedFeatures | FeatureFiles, list[Problem]]:
-    """Builds in a side folder that is renamed at the end, so that a build
-    that is killed leaves nothing that looks complete."""
-    frames = sum(utterance.length for utterance in corpus.utterances)
-    need = frames * corpus.n_mels * np.dtype(dtype).itemsize
-    part = _side_folder(folder)
-    try:
-        index, problems = _write_frames(
-            part / FRAMES, need, corpus, dtype, progress
+    def find(self) -> tuple[PackedFeatures, list[Problem]] | None:
+        """A pack that holds what the files hold, and the bad files."""
+        others: set[Path] = set()
+        with contextlib.suppress(OSError):  # building there says why
+            others.update(self.target.parent.glob(self.sources.packs))
+        for folder in [self.target, *sorted(others - {self.target})]:
+            if not os.path.exists(folder / INDEX):
+                continue
+            try:  # one process of a distributed run reads it all
+                pack = PackedFeatures(folder, check=rank() == 0)
+            except DamagedPack as error:
+                if folder == self.target:
+                    logger.warning("%s; it is rebuilt.", error.what)
+                continue
+            if (problems := self._compare(pack)) is not None:
+                return pack, problems
+        return None
+
+    def _compare(self, pack: PackedFeatures) -> list[Problem] | None:
+        """The bad files, if the pack holds all that the others hold."""
+        corpus = self.corpus
+        changed = self.sources.changed(pack)
+        if changed is None:
+            return None
+        absent = [u for u in corpus.utterances if u.path not in pack.row]
+        bad = check_feature_files(
+            corpus.folder, absent, corpus.n_mels, self.dtype
         )
-        if not len(index["paths"]):  # there is no pack of nothing
-            return FeatureFiles(corpus.folder, (), corpus.n_mels), problems
-        header = {
-            "stamps": stamps,
-            "dtype": dtype,
-            "n_mels": corpus.n_mels,
-            "frames": frames,
-            "problems": problems,
-        }
-        np.savez(part / INDEX, header=json.dumps(header), **index)
-        with contextlib.suppress(OSError):  # another process was faster
-            os.replace(part, folder)
-    except OSError as error:
-        raise UserError(
-            f"{folder / FRAMES}: the pack needs {need:,} bytes and could not "
-            f"be written ({error.strerror}); free the space, name another "
-            "place by --pack_folder, or give --pack False."
-        ) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    pack = PackedFeatures(folder)
-    return pack, pack.problems
+        if not len(absent) == len(bad) == len(pack.problems):
+            return None  # some can be read now
+        if len(changed):
+            if not self._same(pack, changed):
+                return None
+            with contextlib.suppress(OSError):  # it can't be written there
+                self.sources.save(pack.file.parent, pack.paths)
+        return bad
+
+    def _same(self, pack: PackedFeatures, rows: np.ndarray) -> bool:
+        """Whether these rows' files, read again, hold what the pack holds."""
+        folder = self.corpus.folder
+        items = [u for u in self.corpus.utterances if u.path in pack.row]
+        work = partial(_check_chunk, folder, pack.n_mels, self.dtype)
+        parts = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
+        chunks = [[items[row] for row in part] for part in parts]
+        with (
+            _bar("Checking features", len(rows), self.progress) as bar,
+            contextlib.closing(in_processes(work, chunks, folder)) as results,
+        ):
+            for part, (moments, checksums, problems) in zip(
+                parts, results, strict=True
+            ):
+                if (
+                    problems
+                    or (moments != pack.moments[part]).any()
+                    or (checksums != pack.checksums[part]).any()
+                ):
+                    return False
+                bar.update(len(part))
+        return True
+
+    def build(
+        self, alone: bool
+    ) -> tuple[PackedFeatures | FeatureFiles, list[Problem]]:
+        """Builds in a side folder that is renamed at the end, so that a build
+        that is killed leaves nothing that looks complete."""
+        corpus, dtype, target = self.corpus, self.dtype, self.target
+        frames = sum(utterance.length for utterance in corpus.utterances)
+        need = frames * corpus.n_mels * np.dtype(dtype).itemsize
+        part = target.with_name(f"{target.name}.part-{secrets.token_hex(4)}")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if alone:
+                sweep(target)
+            remove_pack(target)
+            part.mkdir()
+            arrays, problems = _write_frames(
+                part / FRAMES, need, corpus, dtype, self.progress
+            )
+            if not len(arrays["paths"]):  # there is no pack of nothing
+                return FeatureFiles(corpus.folder, (), corpus.n_mels), problems
+            header: dict[str, Any] = {
+                "listing": self.sources.listing,
+                "dtype": dtype,
+                "n_mels": corpus.n_mels,
+                "frames": frames,
+                "problems": problems,
+            }
+            header["seal"] = seal(header, arrays)
+            np.savez(part / INDEX, header=json.dumps(header), **arrays)
+            self.sources.save(part, arrays["paths"].tolist())
+            flush_folder(part)
+            publish(part, target)
+        except OSError as error:
+            space = "free the space, " if error.errno in FULL else ""
+            raise UserError(
+                f"{target / FRAMES}: the pack needs {need:,} bytes and could "
+                f"not be written ({error.strerror}); {space}name another "
+                "folder by --pack_folder, or give --pack False."
+            ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                remove_pack(part)
+        return PackedFeatures(target, check=False), problems
 
 
-def _side_folder(folder: Path) -> Path:
-    """A new folder beside the pack's; sweeps those that a kill left behind."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f"{folder.name}.part-*"):
-        file = left / FRAMES
-        if file.exists() and time.time() - file.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
-    prefix = f"{folder.name}.part-"
-    return Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+def _bar(title: str, total: int, progress: bool) -> tqdm:
+    """A progress bar that counts files."""
+    return tqdm(total=total, desc=title, unit="file", disable=not progress)
 
 
 def _write_frames(
@@ -185,29 +250,22 @@ def _write_frames(
         (int(offsets[begin]), items[begin : begin + CHUNK])
         for begin in range(0, len(items), CHUNK)
     ]
+    work = partial(_pack_chunk, path, corpus.folder, n_mels, dtype)
     with (
         open(path, "w+b") as file,
-        tqdm(
-            total=len(items),
-            desc="Packing features",
-            unit="file",
-            disable=not progress,
-        ) as bar,
+        _bar("Packing features", len(items), progress) as bar,
     ):
-        if need and hasattr(os, "posix_fallocate"):
-            # A full disk is noticed before the files are read.
-            os.posix_fallocate(file.fileno(), 0, need)
-        else:
-            file.truncate(need)
-        work = partial(_pack_chunk, file.fileno(), corpus.folder, n_mels, dtype)
+        _reserve(file, need)
         end = 0
-        with contextlib.closing(_in_processes(work, chunks)) as results:
+        with contextlib.closing(
+            in_processes(work, chunks, corpus.folder)
+        ) as results:
             for done in results:
                 begin, end = end, end + len(done[1])
                 moments[begin:end], checksums[begin:end], found = done
                 problems += found
                 bar.update(end - begin)
-        os.fsync(file.fileno())
+        flush(file.fileno())
     bad = {problem.file for problem in problems}
     good = np.array([u.path not in bad for u in items], dtype=bool)
     index = {
@@ -217,13 +275,40 @@ def _write_frames(
         "moments": moments,
         "checksums": checksums,
     }
-    return {key: values[good] for key, values in index.items()}, problems
+    return {name: index[name][good] for name in index}, problems
 
 
-def _pack_chunk(descriptor, folder, n_mels, dtype, chunk):
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Gives an empty file its size; a full disk is noticed here, where the
+    file system can tell."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    file.truncate(size)
+
+
+def _pack_chunk(path, folder, n_mels, dtype, chunk):
     """Writes the frames of some files from a frame of the pack on; their
     moments and checksums, and the problems of bad files."""
     place, items = chunk
+    packed, *found = _read_chunk(folder, n_mels, dtype, items)
+    with open(path, "r+b") as file:
+        file.seek(place * n_mels * packed.element_size())
+        file.write(packed.numpy().data)
+    return found
+
+
+def _check_chunk(folder, n_mels, dtype, items):
+    """As :func:`_pack_chunk`, but writes nothing."""
+    return _read_chunk(folder, n_mels, dtype, items)[1:]
+
+
+def _read_chunk(folder, n_mels, dtype, items):
+    """Frames of some files as they are packed; their moments and checksums,
+    and the problems of bad files."""
     lengths = [u.length for u in items]
     packed = torch.zeros(sum(lengths), n_mels, dtype=getattr(torch, dtype))
     moments = np.zeros((len(items), 2, n_mels), dtype=np.float32)
@@ -240,35 +325,4 @@ def _pack_chunk(descriptor, folder, n_mels, dtype, chunk):
         part.copy_(torch.from_numpy(mel))
         moments[row] = utterance_moments(mel)
         checksums[row] = zlib.crc32(part.numpy().data)
-    data = packed.numpy().data.cast("B")
-    place *= n_mels * packed.element_size()
-    while data:  # a disk that is nearly full takes part of it first
-        written = os.pwrite(descriptor, data, place)
-        data, place = data[written:], place + written
-    return moments, checksums, problems
-
-
-def _in_processes(work: Callable, chunks: list) -> Generator:
-    """Yields work(chunk) for each, in order, from a process for each core."""
-    count = 1
-    if sys.platform == "linux":  # elsewhere a fork is missing or unsafe
-        count = min(len(os.sched_getaffinity(0)), len(chunks))
-    if count < 2:
-        yield from map(work, chunks)
-        return
-    with ProcessPoolExecutor(
-        count, get_context("fork"), initializer=_start_worker
-    ) as pool:
-        yield from pool.map(work, chunks)
-
-
-def _start_worker() -> None:
-    """Its parent ends it, or the parent's death."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent_process().join()  # type: ignore[union-attr]
-    os._exit(1)
+    return packed, moments, checksums, problems

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spkid.errors import Problem, UserError, one_of, raise_for, table
 
 POLICIES = ("stop", "skip")
+SPEAKERS = ("all", "present")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def leave_out(
     problems: Iterable[Problem],
     on_bad_file: str = "stop",
     max_bad_share: float = 0.05,
+    speakers: str = "all",
 ) -> Corpus:
     """The corpus without its bad files, or an error.
 
@@ -72,6 +74,9 @@ def leave_out(
         "stop": any problem is an error; "skip": bad files are left out.
     max_bad_share : float
         Largest share of files that may be skipped.
+    speakers : str
+        "all": each must keep a labelled utterance; "present": those without
+        any are left out. A corpus of test utterances keeps all.
 
     Returns
     -------
@@ -82,7 +87,7 @@ def leave_out(
     ------
     UserError
         If no file may be skipped, if more are bad than may be, or if a
-        speaker loses all utterances.
+        speaker who must stay has no utterance.
 
     Example
     -------
@@ -93,6 +98,7 @@ def leave_out(
     (Utterance(path='a.pt', length=9, speaker='ann'),)
     """
     one_of(on_bad_file, POLICIES, "on_bad_file")
+    one_of(speakers, SPEAKERS, "speakers")
     problems = tuple(problems)
     if on_bad_file == "stop":
         raise_for(problems, corpus.folder)
@@ -109,22 +115,66 @@ def leave_out(
         tuple(u for u in part if u.path not in bad)
         for part in (corpus.labelled, corpus.test)
     )
-    silent = {u.speaker for u in corpus.labelled}
-    silent -= {u.speaker for u in labelled}
-    raise_for(
-        (
-            Problem(
-                "",
-                f"speaker {speaker!a}",
-                "has no utterance left",
-                "fix one of the speaker's files, or remove the speaker",
-            )
-            for speaker in corpus.speakers
-            if speaker in silent
+    kept = replace(corpus, labelled=labelled, test=test, skipped=skipped)
+    if not corpus.labelled:
+        return kept
+    present = {u.speaker for u in labelled}
+    absent = [name for name in corpus.speakers if name not in present]
+    if absent and (speakers == "all" or not present):
+        problem = without_utterance("", absent, len(corpus.speakers))
+        raise_for([problem], corpus.folder)
+    return only_speakers(kept, present) if absent else kept
+
+
+def without_utterance(file: str, absent: Sequence[str], total: int) -> Problem:
+    """The problem that speakers have no utterance to train on.
+
+    Arguments
+    ---------
+    file : str
+        Where the utterances should be listed.
+    absent : sequence of str
+        The speakers, at least one.
+    total : int
+        All speakers, with those who have some.
+
+    Example
+    -------
+    >>> print(*without_utterance("metadata.json", ["ann", "bob"], 9)[:3])
+    metadata.json 2 of 9 speakers have no usable utterance, as 'ann'
+    """
+    entry, what = f"speaker {absent[0]!a:.60}", "has no usable utterance"
+    if len(absent) > 1:
+        entry = f"{len(absent):,} of {total:,} speakers"
+        what = f"have no usable utterance, as {absent[0]!a:.60}"
+    cure = "add or fix some"
+    if len(absent) < total:
+        cure += ", or give --speakers present to train without "
+        cure += "them" if len(absent) > 1 else "the speaker"
+    return Problem(file, entry, what, cure)
+
+
+def only_speakers(corpus: Corpus, speakers: Iterable[str | None]) -> Corpus:
+    """The corpus as if it had only some of its speakers, in its own order;
+    test utterances stay, but those of the others are of unknown speakers.
+
+    Example
+    -------
+    >>> utterances = (Utterance("a.pt", 9, "ann"), Utterance("b.pt", 9, "bob"))
+    >>> corpus = Corpus(Path("data"), 40, ("ann", "bob"), test=utterances)
+    >>> only_speakers(corpus, ["bob"]).test[0]
+    Utterance(path='a.pt', length=9, speaker=None)
+    """
+    names = set(speakers)
+    return replace(
+        corpus,
+        speakers=tuple(name for name in corpus.speakers if name in names),
+        labelled=tuple(u for u in corpus.labelled if u.speaker in names),
+        test=tuple(
+            u if u.speaker in names else replace(u, speaker=None)
+            for u in corpus.test
         ),
-        corpus.folder,
     )
-    return replace(corpus, labelled=labelled, test=test, skipped=skipped)
 
 
 def manifest(utterances: Iterable[Utterance]) -> dict[str, dict]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.queues import Queue
 
 import numpy as np
 import torch
 from speechbrain.dataio.batch import PaddedBatch
-from speechbrain.dataio.dataloader import SaveableDataLoader, make_dataloader
+from speechbrain.dataio.dataloader import SaveableDataLoader
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.epoch_loop import EpochCounter
 from torch.utils.data import Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from spkid.data.batches import (
     LengthBatches,
@@ -25,7 +27,7 @@ from spkid.data.batches import (
 from spkid.data.feature_file import FeatureFiles
 from spkid.data.pack import PackedFeatures
 from spkid.distributed import rank, world_size
-from spkid.errors import one_of
+from spkid.errors import UserError, one_of
 from spkid.models.masks import relative_lengths
 
 SAMPLERS = ("all", "balanced")
@@ -162,20 +164,48 @@ class FeatureDataset(DynamicItemDataset):
             "statistics": (statistics, whole),
             "target": (self.targets[indices], whole.clone()),
         }
+        return _Batch([self.data_ids[index] for index in indices], padded)
+
+
+class _Batch(PaddedBatch):
+    """A batch that a worker sends through a pipe.
+
+    torch would share its tensors through /dev/shm, which is small in
+    containers; where it is full, the main process would wait for ever.
+    """
+
+    def __init__(
+        self, ids: list[str], padded: Mapping[str, tuple[torch.Tensor, ...]]
+    ) -> None:
         # Already padded: every example holds the whole batch.
-        return PaddedBatch(
-            [{"id": self.data_ids[index], **padded} for index in indices],
+        super().__init__(
+            [{"id": name, **padded} for name in ids],
             padded_keys=list(padded),
             device_prep_keys=list(padded),
             padding_func=lambda examples: examples[0],
             apply_default_convert=False,
         )
 
+    def __reduce__(self) -> tuple:
+        keys = ("feats", "statistics", "target")
+        arrays = {key: [part.numpy() for part in self[key]] for key in keys}
+        return _unpack, (self.id, arrays)
+
+
+def _unpack(ids: list[str], arrays: dict[str, list[np.ndarray]]) -> _Batch:
+    """A batch from a pipe; copied, since torch aligns its memory."""
+    tensors = {key: tuple(map(torch.tensor, arrays[key])) for key in arrays}
+    return _Batch(ids, tensors)
+
 
 def _start_worker(_worker: int) -> None:
     """Signals to the whole process group are for the main process, which
     saves a checkpoint first; SIGTERM from that process ends a worker."""
-    for name in ("SIGINT", "SIGUSR1"):
+    # A batch that can't be sent would only be printed: the worker ends, and
+    # the main process learns of it.
+    end = staticmethod(lambda *_: os._exit(1))
+    setattr(Queue, "_on_queue_feeder_error", end)  # noqa: B010
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # which tells who sent it
@@ -189,19 +219,36 @@ def _end_at_parents_word() -> None:
     os._exit(0)
 
 
-def _loader(
-    dataset: FeatureDataset, batches: Sampler, num_workers: int
-) -> SaveableDataLoader:
-    return make_dataloader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=_as_it_is,
-        # A worker can't make batches in the device's memory.
-        num_workers=0 if dataset.features.on_device else num_workers,
-        worker_init_fn=_start_worker,
-        # Else starting an epoch would draw from the dropout's generator.
-        generator=torch.Generator(),
-    )
+class _Loader(SaveableDataLoader):
+    """SpeechBrain's loader of a dataset's batches."""
+
+    def __init__(
+        self, dataset: FeatureDataset, batches: Sampler, num_workers: int
+    ) -> None:
+        super().__init__(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=_as_it_is,
+            # A worker can't make batches in the device's memory.
+            num_workers=0 if dataset.features.on_device else num_workers,
+            worker_init_fn=_start_worker,
+            # Else starting an epoch would draw from the dropout's generator.
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[PaddedBatch]:
+        """Starts an epoch's workers, if any."""
+        try:
+            return super().__iter__()
+        except (OSError, RuntimeError) as error:  # /dev/shm, memory, files
+            if not self.num_workers:
+                raise
+            # Or torch's iterator, half made, would complain of itself, too.
+            _MultiProcessingDataLoaderIter._shutdown = True
+            raise UserError(
+                f"The {self.num_workers} processes that read the features "
+                f"can't be started ({error}); give --num_workers 0."
+            ) from None
 
 
 def _as_it_is(batch: PaddedBatch) -> PaddedBatch:
@@ -267,7 +314,7 @@ def train_loader(
         np.minimum(dataset.lengths, dataset.segment or dataset.lengths),
         bucket_batches,
     )
-    return _loader(dataset, batches, num_workers)
+    return _Loader(dataset, batches, num_workers)
 
 
 def eval_loader(
@@ -303,4 +350,4 @@ def eval_loader(
     batches = LengthBatches(
         dataset.lengths, max_frames, equal_length, rank(), world_size()
     )
-    return _loader(dataset, batches, num_workers)
+    return _Loader(dataset, batches, num_workers)

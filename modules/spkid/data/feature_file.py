@@ -1,8 +1,11 @@
-"""One file for each utterance: read and checked, nothing is unpickled."""
+"""One file for each utterance: read and checked; no code in it runs."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,8 +14,11 @@ import numpy as np
 import torch
 
 from spkid.data.corpus import Utterance
-from spkid.data.tensorfile import parse_matrix
-from spkid.errors import DataError, Problem, UserError
+from spkid.data.tensorfile import NotATensor, parse_matrix, read_tensor
+from spkid.errors import DataError, Problem, UserError, cure_of
+from spkid.files import open_regular
+
+SPARE_BYTES = 64 * 2**20  # that a file may have beyond twice its frames
 
 
 def load_feature_file(
@@ -56,28 +62,31 @@ def load_feature_file(
     def bad(what: str, cure: str = "make or download it again") -> DataError:
         return DataError([Problem(path, "", what, cure)], Path(folder))
 
-    file = os.path.join(folder, path)
     try:
-        with open(file, "rb", buffering=0) as opened:
-            content = bytearray(os.fstat(opened.fileno()).st_size)
-            opened.readinto(content)
+        with open_regular(os.path.join(folder, path)) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            if size > SPARE_BYTES + 16 * length * n_mels:
+                raise bad(
+                    f"has {size:,} bytes, too many for {length} frames",
+                    "save x.clone() instead of a view x",
+                )
+            content = bytearray(size)
+            opened.readinto(content)  # type: ignore[attr-defined]
         matrix = parse_matrix(content)
         if matrix is None:
-            features = torch.load(file, map_location="cpu", weights_only=True)
+            features = read_tensor(content)
         else:
             features = torch.from_numpy(matrix)
     except FileNotFoundError:
         raise bad("the feature file is missing") from None
-    except Exception as error:
-        name = type(error).__name__
-        raise bad(f"not a readable feature file ({name})") from None
-    if not (
-        torch.is_tensor(features)
-        and features.is_floating_point()
-        and features.layout is torch.strided  # not sparse
-        and features.is_cpu  # not of the device "meta", without values
-    ):
-        raise bad("holds no float tensor")
+    except OSError as error:
+        cure = cure_of(error)
+        if error.errno == errno.EINVAL:  # a pipe, a device
+            cure = "put the file itself there"
+        words = f"not a readable feature file ({error.strerror})"
+        raise bad(words, cure) from None
+    except NotATensor as error:
+        raise bad(error.what, error.cure) from None
     if features.ndim != 2 or features.shape[1] != n_mels:
         shape = tuple(features.shape)
         raise bad(f"its shape is {shape}, not (frames, n_mels={n_mels})")
@@ -87,7 +96,7 @@ def load_feature_file(
             f"says {length}",
             "make the two agree",
         )
-    mel = features.detach().to(torch.float32).numpy()
+    mel = features.to(torch.float32).numpy()
     peak = max(mel.max(), -mel.min())
     if not np.isfinite(peak):
         raise bad("has values that are NaN or infinite")
@@ -204,6 +213,29 @@ class FeatureFiles:
             f"{self.folder}: only a pack can lie on {device}; give --pack True "
             "or --pack_on_device False."
         )
+
+    def digest(self) -> str:
+        """32 hexadecimal digits that identify the files' content, by row.
+
+        Raises
+        ------
+        DataError
+            If a file can't be read.
+        """
+
+        def checksum(path: str) -> int:
+            try:
+                with open_regular(self.folder / path) as file:
+                    return zlib.crc32(file.read())
+            except OSError as error:
+                what = f"can't be read ({error.strerror})"
+                problem = Problem(path, "", what, cure_of(error))
+                raise DataError([problem], self.folder) from None
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = list(pool.map(checksum, self.paths))
+        content = np.array(found, "<u4").tobytes()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def _load(self, row: int) -> np.ndarray:
         length = int(self.lengths[row])

@@ -6,8 +6,13 @@ fault. Workers and processes share it through the operating system's cache.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import warnings
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +23,70 @@ from spkid.errors import Problem, UserError
 from spkid.models.masks import valid_mask
 
 INDEX, FRAMES = "index.npz", "frames.bin"
+ARRAYS = ("paths", "lengths", "offsets", "moments", "checksums")
+
+
+class DamagedPack(UserError):
+    """A pack that can't be used; ``what`` is wrong with it.
+
+    Example
+    -------
+    >>> str(DamagedPack(Path("packs/a"), "packs/a/frames.bin: is cut off"))
+    'packs/a/frames.bin: is cut off; delete packs/a to have it rebuilt.'
+    """
+
+    def __init__(self, folder: Path, what: str) -> None:
+        super().__init__(f"{what}; delete {folder} to have it rebuilt.")
+        self.what = what
+
+
+def file_stamp(path: str | Path) -> tuple[int, int, int, int]:
+    """A file's size, time of change (ns), inode, and its inode's time of
+    change (ns); zeros if there is none.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "a"
+    >>> _ = path.write_bytes(b"abc")
+    >>> file_stamp(path)[0], file_stamp(path.with_name("b"))[0]
+    (3, 0)
+    """
+    try:
+        info = os.stat(path)
+    except OSError:
+        return 0, 0, 0, 0
+    inode = info.st_ino % 2**63
+    return info.st_size, info.st_mtime_ns, inode, info.st_ctime_ns
+
+
+def seal(header: Mapping, arrays: Mapping[str, np.ndarray]) -> str:
+    """A digest of a pack's whole index.
+
+    Example
+    -------
+    >>> len(seal({}, {name: np.zeros(2) for name in ARRAYS}))
+    32
+    """
+    digest = hashlib.blake2b(json.dumps(header).encode(), digest_size=16)
+    for name in ARRAYS:
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 class PackedFeatures:
     """Features of many utterances in one memory-mapped file.
 
-    ``problems`` lists the files that could not be packed.
+    Opening it compares all frames with their checksums, at about the speed of
+    reading them. ``problems`` lists the files that could not be packed.
 
     Arguments
     ---------
     folder : str or pathlib.Path
         A pack made by :func:`spkid.data.open_features`.
+    check : bool
+        False: only the index is checked.
 
     Raises
     ------
@@ -46,36 +104,79 @@ class PackedFeatures:
     (2, 40)
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, check: bool = True) -> None:
         folder = Path(folder)
+        self.file, self.on_device = folder / FRAMES, False
         try:
             with np.load(folder / INDEX) as index:
                 header = json.loads(str(index["header"]))
-                self.paths: list[str] = index["paths"].tolist()
-                self.lengths, self.offsets = index["lengths"], index["offsets"]
-                self.moments = index["moments"]
-                self.checksums = index["checksums"]
-            self.stamps, self.dtype = header["stamps"], header["dtype"]
+                arrays = {name: index[name] for name in ARRAYS}
+            if header.pop("seal") != seal(header, arrays):
+                raise ValueError
+            self.paths: list[str] = arrays["paths"].tolist()
+            self.lengths, self.offsets = arrays["lengths"], arrays["offsets"]
+            self.moments, self.checksums = (
+                arrays["moments"],
+                arrays["checksums"],
+            )
+            self.listing, self.dtype = header["listing"], header["dtype"]
             self.n_mels: int = header["n_mels"]
             self.shape = (header["frames"], self.n_mels)
-            # A pack of an older version has none.
-            self.problems = [Problem(*p) for p in header.get("problems", ())]
+            self.problems = [Problem(*p) for p in header["problems"]]
+            self._check_index()
         except Exception as error:
-            raise UserError(
-                f"{folder / INDEX}: not a readable pack "
-                f"({type(error).__name__}); delete {folder} to have it rebuilt."
+            name = type(error).__name__
+            raise DamagedPack(
+                folder, f"{folder / INDEX}: not a readable pack ({name})"
             ) from None
         self.row = {path: row for row, path in enumerate(self.paths)}
         size = self.shape[0] * self.shape[1] * np.dtype(self.dtype).itemsize
-        self.file = folder / FRAMES
-        found = self.file.stat().st_size if self.file.exists() else 0
-        if found != size:
-            raise UserError(
-                f"{self.file}: has {found} bytes, not {size}; "
-                f"delete {folder} to have it rebuilt."
+        self.stamp = file_stamp(self.file)
+        if self.stamp[0] != size:
+            raise DamagedPack(
+                folder, f"{self.file}: has {self.stamp[0]} bytes, not {size}"
             )
-        self.on_device = False
-        self._map()
+        try:
+            self._map()
+        except OSError as error:
+            raise DamagedPack(
+                folder, f"{self.file}: can't be read ({error.strerror})"
+            ) from None
+        if check and (bad := self._damaged()):
+            raise DamagedPack(
+                folder, f"{self.file}: the frames of {bad!a} are damaged"
+            )
+
+    def _check_index(self) -> None:
+        """Raises ValueError if parts of utterances are outside or shared."""
+        order = np.argsort(self.offsets)
+        begins, lengths = self.offsets[order], self.lengths[order]
+        limits = np.append(begins[1:], self.shape[0])
+        if (begins < 0).any() or (begins + lengths > limits).any():
+            raise ValueError
+
+    def _damaged(self) -> str | None:
+        """A path whose frames don't have their checksum."""
+        data, step = np.asarray(self.data), 256
+
+        def check(first: int) -> str | None:
+            for row in range(first, min(first + step, len(self.paths))):
+                begin = self.offsets[row]
+                part = data[begin : begin + self.lengths[row]]
+                if zlib.crc32(part.data) != self.checksums[row]:
+                    return self.paths[row]
+            return None
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = pool.map(check, range(0, len(self.paths), step))
+            return next(filter(None, found), None)
+
+    def digest(self) -> str:
+        """32 hexadecimal digits that identify the features, by row."""
+        digest = hashlib.blake2b(self.dtype.encode(), digest_size=16)
+        for array in (self.lengths, self.checksums, self.moments):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
     def _map(self) -> None:
         """Maps the file; nothing of it is read yet."""
@@ -93,6 +194,11 @@ class PackedFeatures:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
+        if file_stamp(self.file)[:3] != self.stamp[:3]:
+            raise UserError(
+                f"{self.file}: was replaced during the run; give the same "
+                "command again."
+            )
         self._map()
 
     def to(self, device: str | torch.device) -> PackedFeatures:

@@ -17,7 +17,14 @@ from spkid.evaluation.metrics import (
     reliability,
     wilson_interval,
 )
-from spkid.evaluation.scores import PARTS, Evaluation, Part, by_part, expect
+from spkid.evaluation.scores import (
+    PARTS,
+    Evaluation,
+    Part,
+    by_part,
+    expect,
+    load_validation,
+)
 
 __all__ = [
     "EVALUATIONS",
@@ -30,6 +37,7 @@ __all__ = [
     "confused_pairs",
     "expect",
     "expected_accuracy",
+    "load_validation",
     "mean_embeddings",
     "quantile_edges",
     "reliability",

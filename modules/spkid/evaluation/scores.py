@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,10 @@ import torch
 from spkid.distributed import gather
 from spkid.errors import UserError
 from spkid.evaluation.metrics import Expectation, expected_accuracy
-from spkid.files import save_atomically
+from spkid.files import open_regular, read_json, save_atomically
+from spkid.trust import check_stored, one_line
+
+logger = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
@@ -33,6 +37,7 @@ PARTS = {
     "test": Part("test utterances", "#2a9d78", "^"),
     "train": Part("training", "#888888", "o"),
 }
+MAX_BYTES = 2**32  # of a file: ten million utterances
 # The type of each column.
 COLUMNS = {
     "id": str,
@@ -44,6 +49,7 @@ COLUMNS = {
     "frames": np.int64,
     "embedding": np.float16,
 }
+SAVED = COLUMNS | {"speakers": str}
 
 
 @dataclass(eq=False)
@@ -53,7 +59,8 @@ class Evaluation:
     Raises
     ------
     ValueError
-        If the columns differ in length, or a class has no name.
+        If the columns differ in length, a class has no name, or a part is
+        not one of ``PARTS``.
 
     Example
     -------
@@ -82,12 +89,21 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         for name, dtype in COLUMNS.items():
-            setattr(self, name, np.asarray(getattr(self, name), dtype))
+            column: np.ndarray = np.asarray(getattr(self, name), dtype)
+            if column.ndim != (2 if name == "embedding" else 1):
+                raise ValueError(f"column {name} has {column.ndim} dimensions")
+            setattr(self, name, column)
         if len({len(getattr(self, name)) for name in COLUMNS}) > 1:
             raise ValueError("the columns differ in length")
-        highest = max(self.target.max(initial=-1), self.guess.max(initial=-1))
-        if highest >= len(self.speakers):
-            raise ValueError(f"class {highest} has no name")
+        for classes, first in ((self.target, -1), (self.guess, 0)):
+            lowest, highest = classes.min(initial=0), classes.max(initial=-1)
+            if highest >= len(self.speakers):
+                raise ValueError(f"class {highest} has no name")
+            if lowest < first:
+                raise ValueError(f"class {lowest} is below {first}")
+        unknown = self.part[~np.isin(self.part, list(PARTS))].tolist()
+        if unknown:
+            raise ValueError(f"there is no part {unknown[0]!a:.60}")
 
     @classmethod
     def of_batch(
@@ -248,15 +264,71 @@ class Evaluation:
             If the file is missing, damaged or of an older version.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                columns = {name: arrays[name] for name in COLUMNS}
-                speakers = tuple(arrays["speakers"].tolist())
-            return cls(**columns, speakers=speakers)
+            with open_regular(path) as file:
+                if check_stored(file) > MAX_BYTES:
+                    raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+                with np.load(file, allow_pickle=False) as arrays:
+                    columns = {name: arrays[name] for name in SAVED}
+            for name, column in columns.items():
+                # Any number of empty texts takes no byte.
+                kind = np.dtype(SAVED[name]).kind
+                if column.dtype.kind != kind or column.nbytes < column.size:
+                    raise ValueError(f"column {name} has type {column.dtype}")
+            confidence, speakers = columns["confidence"], columns["speakers"]
+            # NaN, of a diverged model, is neither.
+            if ((confidence < 0) | (confidence > 1.001)).any():
+                raise ValueError("a confidence isn't in [0, 1]")
+            if speakers.ndim != 1:
+                raise ValueError(
+                    f"column speakers has {speakers.ndim} dimensions"
+                )
+            return cls(**columns | {"speakers": tuple(speakers.tolist())})
         except Exception as error:  # NumPy has many for a bad file
             raise UserError(
-                f"{path}: could not be read ({error}); train.py with "
+                f"{path}: could not be read ({one_line(error)}); train.py with "
                 "--test_only writes it again."
             ) from None
+
+
+def load_validation(
+    folder: str | Path, scoring: dict[str, Any]
+) -> Evaluation | None:
+    """What a run's system says of its held-out utterances.
+
+    Arguments
+    ---------
+    folder : str or pathlib.Path
+        The run's output folder.
+    scoring : dict
+        How utterances are scored, from the run's settings.
+
+    Returns
+    -------
+    Evaluation, optional
+        None where nothing was kept, or is damaged, which costs a warning, or
+        was scored in another way, as after a ``--test_only`` that didn't reach
+        its end.
+
+    Example
+    -------
+    >>> load_validation(getfixture("tmp_path"), {})
+    """
+    results, table = (
+        Path(folder, n) for n in ("results.json", "evaluation.npz")
+    )
+    if not (results.exists() and table.exists()):
+        return None
+    try:
+        if read_json(results).get("scored_by") != scoring:
+            return None
+        return Evaluation.load(table)
+    except UserError as error:
+        logger.warning(
+            "%s No accuracy is estimated: train.py --test_only writes %s and "
+            "%s again.",
+            *(error, results.name, table.name),
+        )
+        return None
 
 
 def by_part(summary: dict[str, float | None]) -> dict:

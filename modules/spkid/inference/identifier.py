@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,18 @@ from spkid.distributed import rank, world_size
 from spkid.errors import UserError
 from spkid.evaluation import Evaluation, UtteranceEmbedder
 from spkid.files import save_atomically
-from spkid.hparams import Settings
-from spkid.keys import TRAINED
+from spkid.hparams import OUTDATED, Settings
+from spkid.keys import TRAINED, Range
 from spkid.models.masks import absolute_lengths, relative_lengths
+from spkid.trust import check_size, load_weights, one_line, read_bounded
 
 WEIGHTS = ("embedding_model", "classifier")
+SCORED_BY = (
+    *("max_frames_per_batch", "equal_length_batches", "evaluation"),
+    *("window_frames", "window_hop"),
+)
+AGAIN = "write it again with train.py --test_only, or train again"
+MAX_NAMES = 2**26  # bytes of speakers.txt
 
 
 class SpeakerIdentifier(nn.Module):
@@ -98,27 +106,33 @@ class SpeakerIdentifier(nn.Module):
             modules["embedding_model"],
             modules["classifier"],
             speakers,
-            modules["max_frames_per_batch"],
-            modules["equal_length_batches"],
-            modules["evaluation"],
-            modules["window_frames"],
-            modules["window_hop"],
+            *(modules[key] for key in SCORED_BY),
         )
 
     @classmethod
     def from_run(
-        cls, folder: str | Path, device: str = "cpu"
+        cls, folder: str | Path, device: str = "cpu", trust: bool = False
     ) -> SpeakerIdentifier:
         """Loads a finished run's system, ready to score.
 
-        Of what the run's YAML names, only torch modules are called (what it
-        names is imported, if it is installed). No seed is set, and no folder is
-        made.
+        A stranger's folder runs no code: of what its YAML names, only our own,
+        SpeechBrain's and PyTorch's layers are imported and built. No seed is
+        set, and no folder is made.
+
+        Arguments
+        ---------
+        folder : str or pathlib.Path
+            The run's output folder.
+        device : str
+            Where the system is to be.
+        trust : bool
+            Whether the YAML may name other torch modules, as a pooling of your
+            own. Importing them runs their code.
 
         Raises
         ------
         UserError
-            If there is no finished run.
+            If there is no finished run, or it is damaged or isn't trusted.
         """
         folder = Path(folder)
         paths = [folder / "model" / f"{name}.ckpt" for name in WEIGHTS]
@@ -129,21 +143,45 @@ class SpeakerIdentifier(nn.Module):
                     "missing); name the --output_folder of one."
                 )
         settings = Settings.of_run(folder)
-        modules = settings.build_modules(TRAINED)
+        settings.need((*TRAINED, *SCORED_BY, "n_mels"), OUTDATED)
+        weights, speakers = {}, _read_speakers(folder / "speakers.txt")
         for name, path in zip(WEIGHTS, paths, strict=True):
             try:
-                weights = torch.load(
-                    path, map_location="cpu", weights_only=True
-                )
-                modules[name].load_state_dict(weights)
+                weights[name] = load_weights(path)
             except Exception as error:  # torch has many for a bad file
-                why = str(error).strip().partition("\n")[0]
-                raise UserError(
-                    f"{path}: can't be loaded ({why}); train again."
-                ) from None
-        names = (folder / "speakers.txt").read_text(encoding="utf-8")
-        made = cls.from_settings(settings.values | modules, names.split("\n"))
-        return made.to(device).eval()
+                raise _damaged(path, error) from None
+        build = partial(settings.build_modules, TRAINED, trust)
+        if not trust:
+            check_size(build, weights, settings.path)
+        modules = build()
+        for name, path in zip(WEIGHTS, paths, strict=True):
+            try:
+                modules[name].load_state_dict(weights[name])
+            except Exception as error:  # another shape, type or name
+                raise _damaged(path, error) from None
+        made = cls.from_settings(settings.values | modules, speakers).eval()
+        made._try(settings)
+        return made.to(device)
+
+    @torch.no_grad()
+    def _try(self, settings: Settings) -> None:
+        """Checks on silence that the parts fit each other and the names."""
+        n_mels = settings.values["n_mels"]
+        Range(1, 10_000).check(n_mels, f"{settings.path}: n_mels")
+        try:
+            silence = torch.zeros(1, 100, n_mels)
+            _, _, known = self.classify(silence).shape
+        except Exception as error:  # whatever its modules say
+            raise UserError(
+                f"{settings.path}: its model doesn't run ({one_line(error)}); "
+                "train again."
+            ) from None
+        if known != len(self.speakers):
+            raise UserError(
+                f"{settings.path.with_name('speakers.txt')}: has "
+                f"{len(self.speakers)} names, but the classifier knows "
+                f"{known} speakers; {AGAIN}."
+            )
 
     def save(self, folder: str | Path) -> None:
         """Writes the weights and the speakers' names into a run's folder."""
@@ -299,3 +337,19 @@ class SpeakerIdentifier(nn.Module):
                 )
             )
         return Evaluation.concatenate(scored, self.speakers).gather()
+
+
+def _read_speakers(path: Path) -> list[str]:
+    """The names by class index that :meth:`SpeakerIdentifier.save` wrote."""
+    try:
+        names = read_bounded(path, MAX_NAMES).decode().split("\n")
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    if len(set(names)) < len(names) or "" in names:
+        raise _damaged(path, ValueError("a name is empty or appears twice"))
+    return names
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    """Says what is wrong with a file of a finished run."""
+    return UserError(f"{path}: can't be loaded ({one_line(error)}); {AGAIN}.")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from spkid.data import FeatureFiles, PackedFeatures
-from spkid.files import save_atomically
+from spkid.errors import UserError
+from spkid.files import open_regular, save_atomically
 
 
 def fingerprint(
@@ -81,11 +84,9 @@ def pack_fingerprints(
     wanted = [features.row[path] for path in paths]
     count = len(features.lengths)
     cache = features.file and features.file.with_name("fingerprints.npy")
-    if cache:
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            kept = np.load(cache)
-            if len(kept) == count:
-                return kept[wanted]
+    kept = _read(cache, (count, 4 * features.n_mels)) if cache else None
+    if kept is not None:
+        return kept[wanted]
     rows = tqdm(
         range(count),
         desc="Fingerprinting channels",
@@ -102,5 +103,25 @@ def pack_fingerprints(
     if cache:
         content = io.BytesIO()
         np.save(content, prints)
-        save_atomically(content.getvalue(), cache)
+        seal = _seal(content.getvalue())
+        with contextlib.suppress(UserError):  # they are made again, then
+            save_atomically(content.getvalue() + seal, cache)
     return prints[wanted]
+
+
+def _seal(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """Fingerprints that were kept; None if they are missing or damaged."""
+    most = 4 * shape[0] * shape[1] + 1024  # float32 and a header
+    try:
+        with open_regular(path) as file:
+            content = file.read(most)
+        if content[-16:] != _seal(content[:-16]):
+            return None
+        prints = np.lib.format.read_array(io.BytesIO(content[:-16]))
+    except (OSError, ValueError):
+        return None
+    return prints if prints.shape == shape else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from spkid.data import Corpus, FeatureFiles, PackedFeatures, manifest
-from spkid.errors import UserError
-from spkid.files import read_json, save_atomically
+from spkid.errors import DataError, UserError
+from spkid.files import MAX_JSON, open_regular, read_json, save_atomically
 from spkid.sessions.fingerprints import pack_fingerprints
 from spkid.sessions.hold_out import (
     fold_numbers,
@@ -26,11 +27,17 @@ from spkid.sessions.hold_out import (
     hold_out_known,
     hold_out_random,
 )
-from spkid.sessions.infer import Sessions, infer_sessions, known_sessions
+from spkid.sessions.infer import (
+    Sessions,
+    infer_sessions,
+    known_sessions,
+    numbered,
+)
 
 BY_SESSION = ("session", "folds")
 SPLITS = (*BY_SESSION, "random", "none")
 SOURCES = ("auto", "inferred")
+FILES = ("train.json", "valid.json", "test.json", "split_report.json")
 # The keys of the YAML file that decide a split.
 SPLIT_KEYS = (
     "split",
@@ -61,7 +68,7 @@ def written_sessions(corpus: Corpus) -> tuple[list[str] | None, str]:
     Raises
     ------
     UserError
-        If sessions.json lacks an utterance's session.
+        If sessions.json can't be read, or lacks an utterance's session.
 
     Example
     -------
@@ -71,14 +78,18 @@ def written_sessions(corpus: Corpus) -> tuple[list[str] | None, str]:
     (['monday'], 'read from the folders speaker/session/file')
     """
     path = corpus.folder / "sessions.json"
-    if path.exists():
-        names = read_json(path)
+    if os.path.lexists(path):
+        names = read_json(path, inside=True)
         for utterance in corpus.labelled:
             name = names.get(utterance.path)
-            if not isinstance(name, str | int):
+            if type(name) not in (str, int):  # True is no number
                 raise UserError(
                     f"{path}: {utterance.path!r} has "
-                    + ("no session" if name is None else f"session {name!r}")
+                    + (
+                        "no session"
+                        if name is None
+                        else f"session {name!a:.60}"
+                    )
                     + "; give each labelled utterance a text or a whole "
                     "number, or give --sessions inferred."
                 )
@@ -104,9 +115,15 @@ def sessions_digest(corpus: Corpus, choices: dict[str, Any]) -> str | None:
     """
     path = corpus.folder / "sessions.json"
     used = choices["split"] in BY_SESSION and choices["sessions"] == "auto"
-    if not (used and path.exists()):
+    if not (used and os.path.lexists(path)):
         return None
-    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    read_json(path, inside=True)  # refuses what is no file of sessions
+    return _digest(path)
+
+
+def _digest(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.blake2b(file.read(MAX_JSON), digest_size=8).hexdigest()
 
 
 def find_sessions(
@@ -192,7 +209,7 @@ def divide(
     split, seed = choices["split"], choices["seed"]
     share = choices["valid_fraction"]
     names = [str(u.speaker) for u in corpus.labelled]
-    speaker = np.unique(names, return_inverse=True)[1]
+    speaker = numbered(names)
     held = known = np.zeros(len(names), dtype=bool)
     sessions, source = None, "not needed"
     if split in BY_SESSION:
@@ -200,11 +217,12 @@ def divide(
         if split == "folds":
             folds = fold_numbers(sessions, choices["n_folds"], seed)
             held = folds == choices["fold"]
-            if not held.any() and (sessions.label > 0).any():
+            divided = _count(sessions)
+            if not held.any() and divided:
                 raise UserError(
-                    f"fold={choices['fold']} holds nothing out: no speaker has "
-                    "so many sessions; give a smaller --n_folds than "
-                    f"{choices['n_folds']}."
+                    f"fold={choices['fold']} holds nothing out: there are "
+                    f"{divided} sessions to divide; give --n_folds {divided} "
+                    f"and a --fold from 0 to {divided - 1}."
                 )
         else:
             held = hold_out(sessions, share, seed)
@@ -212,15 +230,19 @@ def divide(
     elif split == "random":
         held = hold_out_random(speaker, share, seed)
     if split != "none" and not held.any():
-        what, others = "utterances", ""
-        if sessions is not None:
+        what = "utterances"
+        cure = "give --split none, which validates nothing"
+        if len(set(names)) < len(names):  # a speaker has two utterances
             what = f"sessions (they were {source})"
-            others = ", or give --sessions inferred"
-            if source.startswith("inferred"):
-                others = ", or give --split random, which is too optimistic"
+            cure = "give --split random, which is too optimistic"
+            needed = choices["fold"] + 1 if split == "folds" else 1
+            if not source.startswith("inferred") and needed <= _count(
+                find_sessions(corpus, features, "inferred")[0]
+            ):
+                cure = "give --sessions inferred"
         raise UserError(
             f"{corpus.folder / 'metadata.json'}: no speaker has two {what}, so "
-            f"nothing can be held out for validation; record more{others}."
+            f"nothing can be held out for validation; record more, or {cure}."
         )
     parts: dict[str, dict] = {"train": {}, "valid": {}}
     entries = manifest(corpus.labelled)
@@ -234,15 +256,18 @@ def divide(
     return parts, _report(names, sessions, source, held, known, split)
 
 
+def _count(sessions: Sessions) -> int:
+    """The sessions of those speakers who have more than one."""
+    counts = [sessions.label[rows].max() + 1 for rows in sessions.rows()]
+    return int(sum(count for count in counts if count > 1))
+
+
 def _report(names, sessions, source, held, known, split) -> dict[str, Any]:
     """Speakers with their sessions, and what cannot be validated."""
-    unique, speaker = np.unique(names, return_inverse=True)
-    speakers = {}
-    for name, rows in zip(
-        unique.tolist(), Sessions(speaker, speaker).rows(), strict=True
-    ):
+    speaker, speakers = numbered(names), {}
+    for rows in Sessions(speaker, speaker).rows():
         count = None if sessions is None else sessions.label[rows].max() + 1
-        speakers[name] = {
+        speakers[names[rows[0]]] = {
             "utterances": len(rows),
             "sessions": count and int(count),
             "held_out": int(held[rows].sum()),
@@ -279,7 +304,8 @@ def _report(names, sessions, source, held, known, split) -> dict[str, Any]:
     if split == "random":
         warnings.append(
             "--split random validates on sessions that are trained on, which "
-            "is too optimistic; --split session is not."
+            "is too optimistic; --split session is not, where speakers have "
+            "several sessions."
         )
     return {
         "sessions": source,
@@ -299,7 +325,8 @@ def write_manifests(
     """Writes train.json, valid.json and test.json in SpeechBrain's form, and
     split_report.json.
 
-    A complete split of the same files by the same choices is left as it is.
+    A whole split of the same files by the same choices is left as it is; one
+    of which a file is missing or damaged is made again, and is the same.
 
     Arguments
     ---------
@@ -331,15 +358,18 @@ def write_manifests(
         **choices,
     }
     done = folder / "split.json"
-    files = ("train.json", "valid.json", "test.json", "split_report.json")
-    whole = all((folder / name).exists() for name in (done.name, *files))
-    if whole and read_json(done) == made_of:
-        return
+    try:
+        kept = {name: _digest(folder / name) for name in FILES}
+        if read_json(done) == {**made_of, "files": kept}:
+            return
+    except (OSError, DataError):  # none yet, or damaged
+        pass
     parts, report = divide(corpus, features, choices)
     parts["test"] = manifest(corpus.test)
-    for name, part in parts.items():
-        save_atomically(json.dumps(part, indent=1), folder / f"{name}.json")
-    save_atomically(json.dumps(report, indent=1), folder / "split_report.json")
+    contents = [*(parts[name] for name in ("train", "valid", "test")), report]
+    for name, content in zip(FILES, contents, strict=True):
+        save_atomically(json.dumps(content, indent=1), folder / name)
+    made_of["files"] = {name: _digest(folder / name) for name in FILES}
     save_atomically(json.dumps(made_of, indent=1), done)
     if choices["split"] in BY_SESSION:
         print(f"Sessions: {report['sessions']}.")

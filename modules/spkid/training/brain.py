@@ -8,10 +8,13 @@ in ``tests/training/test_brain.py`` fails once upstream has fixed it.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import speechbrain as sb
@@ -31,18 +34,62 @@ from spkid.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+RESUME = (
+    "give the same command again: the run resumes from the last checkpoint."
+)
 # How the backends report that another process is gone.
 LOST_PEER = re.compile("Connection (closed|reset)|Broken pipe|remote process")
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is Slurm's
+# How a DataLoader reports that a worker has died, and that the memory which
+# workers share with this process is full.
+LOST_WORKER = re.compile(r"DataLoader worker \(pid.*(exited|killed)")
+SHARED_MEMORY = re.compile("shared memory|/torch_|/dev/shm|Bus error")
+# SIGUSR1 is Slurm's; SIGHUP comes when a terminal or a connection is closed.
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Makes a UserError of what the system does to workers and other ranks.
+
+    Example
+    -------
+    >>> with explained():
+    ...     "nothing has failed"
+    'nothing has failed'
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        message = str(error)
+        first = message.partition("\n")[0][:120]
+        if SHARED_MEMORY.search(message):
+            raise UserError(
+                "The memory that processes share (/dev/shm) is full: give "
+                f"--num_workers 0, or enlarge it, and {RESUME}"
+            ) from None
+        if LOST_WORKER.search(message):
+            raise UserError(
+                f"A process that loads features has ended ({first}): free "
+                f"some memory, or give fewer --num_workers, as 0, and {RESUME}"
+            ) from None
+        if torch.distributed.is_initialized() and LOST_PEER.search(message):
+            raise UserError(
+                f"Another process of this run has ended ({first}); read its "
+                f"error, and {RESUME}"
+            ) from None
+        raise
 
 
 @register_checkpoint_hooks
 class RobustBrain(sb.Brain):
     """A Brain whose runs survive signals, kills and non-finite steps.
 
-    * SIGINT, SIGTERM and SIGUSR1 save a checkpoint and exit with 128 + the
-      signal's number; a second one exits at once.
+    * SIGINT, SIGTERM, SIGUSR1 and SIGHUP save a checkpoint and exit with 128
+      + the signal's number; a second one exits at once. ``nohup`` works.
     * A checkpoint is also saved between an epoch's training and validation.
+    * An epoch that can't be saved is counted in ``unsaved_epochs``; the run
+      goes on if it has an earlier checkpoint. It doesn't end well before its
+      last epoch is saved.
     * A step whose loss or gradient isn't finite is skipped and counted;
       more than ``nonfinite_patience`` in a row end the run with advice.
     * ``max_grad_norm`` clips all parameters together; 0 or less: no clipping.
@@ -72,6 +119,12 @@ class RobustBrain(sb.Brain):
         super().__init__(*args, **kwargs)
         self.batches_per_epoch = 0
         self.skipped_steps = 0
+        self.unsaved_epochs: list[int] = []
+        self.epoch = 0
+        # Arguments of the last epoch's save, if it failed.
+        self._save_again: tuple[dict, str, int] | None = None
+        self._saved_at = time.monotonic()
+        self._terminal: list[int] = []
         self._skipped_in_a_row = 0
         self._group_is_bad = False
         self._signal: int | None = None
@@ -181,41 +234,56 @@ class RobustBrain(sb.Brain):
         super()._save(path)
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"skipped_steps: {self.skipped_steps}\n")
+            file.write(f"unsaved_epochs: {self.unsaved_epochs}\n")
 
     @mark_as_loader
     def _recover(self, path, end_of_epoch):
         super()._recover(path, end_of_epoch)
         state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         self.skipped_steps = state["skipped_steps"]
+        self.unsaved_epochs = state.get("unsaved_epochs", [])
 
+    @property
+    def position(self) -> dict[str, int]:
+        """Epoch, and batches of it that were trained on; each checkpoint has
+        them in its meta."""
+        return {"epoch": self.epoch, "step": self.step}
+
+    @explained()
     def fit(self, epoch_counter, train_set, *args, **kwargs):
         """As ``speechbrain.Brain.fit``; a signal ends it with a checkpoint."""
         self.batches_per_epoch = len(train_set)
+        self._terminal = [n for n in (1, 2) if os.isatty(n)]
         previous = {}
         for name in STOP_SIGNALS:
-            if hasattr(signal, name):  # Windows lacks some
-                number = getattr(signal, name)
-                with suppress(ValueError):  # not the main thread
-                    previous[number] = signal.signal(number, self._on_signal)
+            if not hasattr(signal, name):  # Windows lacks some
+                continue
+            number = getattr(signal, name)
+            # nohup ignores it, and so must we.
+            if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            with suppress(ValueError):  # not the main thread
+                previous[number] = signal.signal(number, self._on_signal)
         try:
             super().fit(epoch_counter, train_set, *args, **kwargs)
-        except RuntimeError as error:
-            message = str(error).splitlines()[0]
-            if not (self.distributed_launch and LOST_PEER.search(message)):
-                raise
-            raise UserError(
-                f"Another process of this run has ended ({message[:120]}); "
-                "read its error, and give the same command again: the run "
-                "resumes from the last checkpoint."
-            ) from None
+            self._save_last_epoch()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _fit_train(self, train_set, epoch, enable):
+        self.epoch, self._saved_at = epoch, time.monotonic()
+        super()._fit_train(train_set, epoch, enable)
 
     def _on_signal(self, number, _frame):
         if self._signal is not None:
             sys.exit(128 + number)
         self._signal = number
+        if number == getattr(signal, "SIGHUP", None):
+            # The terminal is gone; what is printed from now on fails.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in self._terminal:
+                os.dup2(nowhere, stream)
 
     def _stop_if_asked(self):
         """Exits with the signal's usual code, on all ranks at once."""
@@ -228,38 +296,51 @@ class RobustBrain(sb.Brain):
             )
         sys.exit(128 + number)
 
-    def _should_save_intra_epoch_ckpt(self, *args):
+    def _should_save_intra_epoch_ckpt(self, _, steps):
+        """SpeechBrain asks the time of day, which may jump."""
         epoch_done = self.step == self.batches_per_epoch
-        stop = not self._agree(self._signal is None)
-        due = stop or super()._should_save_intra_epoch_ckpt(*args)
+        minutes = (time.monotonic() - self._saved_at) / 60
+        due = 0 < self.ckpt_interval_minutes < minutes
+        due |= 0 < self.ckpt_interval_steps <= steps
+        due = not self._agree(not due and self._signal is None)
         # Within a group there are gradients, which no checkpoint holds.
         return epoch_done or (due and self._at_boundary())
 
     def _save_intra_epoch_ckpt(self):
+        """Saves a mid-epoch checkpoint and deletes the earlier ones."""
         if self.checkpointer is not None:
-            self._keep_last_intra_epoch()
+            saved, failure = self._checkpoint(
+                end_of_epoch=False,
+                meta={INTRA_EPOCH_CKPT_FLAG: True},
+                verbosity=logging.DEBUG,
+            )
+            if not failure:
+                self._forget_intra_epoch(saved)
+        self._saved_at = time.monotonic()
         self._stop_if_asked()
 
-    def _keep_last_intra_epoch(self):
-        """Saves a mid-epoch checkpoint and deletes the earlier ones."""
-        saved = self.checkpointer.save_checkpoint(
-            end_of_epoch=False,
-            meta={INTRA_EPOCH_CKPT_FLAG: True},
-            verbosity=logging.DEBUG,
-        )
-        self._forget_intra_epoch(saved)
+    def _checkpoint(self, **kwargs):
+        """Saves a checkpoint; returns it, and why that failed."""
+        saved = self.checkpointer.save_checkpoint(**kwargs)
+        failure = getattr(self.checkpointer, "failure", None)
+        if failure and not self.checkpointer.list_checkpoints():
+            raise UserError(
+                f"{self.checkpointer.checkpoints_dir}: not even the first "
+                f"checkpoint could be saved ({failure[0]}); {failure[1]}, and "
+                "give the same command again."
+            )
+        return saved, failure
 
     def _forget_intra_epoch(self, newer):
         """Deletes mid-epoch checkpoints once a newer one is safe."""
-        if self._agree(newer is not None or not if_main_process()):
-            self.checkpointer.delete_checkpoints(
-                num_to_keep=0,
-                ckpt_predicate=lambda c: (
-                    INTRA_EPOCH_CKPT_FLAG in c.meta
-                    and (newer is None or c.path != newer.path)
-                ),
-                verbosity=logging.DEBUG,
-            )
+        self.checkpointer.delete_checkpoints(
+            num_to_keep=0,
+            ckpt_predicate=lambda c: (
+                INTRA_EPOCH_CKPT_FLAG in c.meta
+                and (newer is None or c.path != newer.path)
+            ),
+            verbosity=logging.DEBUG,
+        )
 
     def save_epoch(self, meta: dict, max_key: str, num_to_keep: int) -> None:
         """Saves a checkpoint at an epoch's end and deletes poorer ones.
@@ -269,12 +350,21 @@ class RobustBrain(sb.Brain):
         meta : dict
             Metrics of the epoch, as plain Python numbers.
         max_key : str
-            The metric that ranks checkpoints; higher is better.
+            The metric that ranks checkpoints, or "epoch"; higher is better.
         num_to_keep : int
             How many of the best are kept, beside the newest.
+
+        Raises
+        ------
+        UserError
+            If it can't be saved and there is no earlier checkpoint.
         """
-        saved = self.checkpointer.save_checkpoint(meta=meta)
-        if self._agree(saved is not None or not if_main_process()):
+        self._save_again = None
+        saved, failure = self._checkpoint(meta=meta)
+        if failure:
+            self.unsaved_epochs.append(self.epoch)
+            self._save_again = meta, max_key, num_to_keep
+        else:
             self._forget_intra_epoch(saved)
             self.checkpointer.delete_checkpoints(
                 num_to_keep=num_to_keep,
@@ -283,6 +373,22 @@ class RobustBrain(sb.Brain):
                 ckpt_predicate=lambda c: saved is None or c.path != saved.path,
             )
         self._stop_if_asked()
+
+    def _save_last_epoch(self):
+        """Tries once more; without the last epoch there is no result."""
+        if self._save_again is None:
+            return
+        unsaved = self.unsaved_epochs.copy()
+        self.unsaved_epochs.pop()
+        self.save_epoch(*self._save_again)
+        if self.unsaved_epochs == unsaved:
+            why, cure = self.checkpointer.failure
+            many = "epochs" if len(unsaved) > 1 else "epoch"
+            raise UserError(
+                f"{self.checkpointer.checkpoints_dir}: {many} "
+                f"{', '.join(map(str, unsaved))} could not be saved ({why}), "
+                f"so nothing was tested; {cure}, and {RESUME}"
+            )
 
     def _fit_valid(self, valid_set, epoch, enable):
         if self.distributed_launch:

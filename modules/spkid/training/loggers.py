@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 from speechbrain.utils.distributed import main_process_only
 from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 
-from spkid.errors import UserError
-from spkid.files import save_atomically
+from spkid.errors import UserError, cure_of
+from spkid.files import open_regular, save_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +21,8 @@ class EpochLogger(FileTrainLogger):
 
     SpeechBrain's appends, so that an epoch which is repeated after a kill has
     two lines. Here its new line replaces the old one. A line that couldn't be
-    written (a full disk) is written with the next one. Arguments as in
-    SpeechBrain.
+    written (a full disk) is written with the next one. What isn't a log of
+    this kind is left as it is, with a warning. Arguments as in SpeechBrain.
 
     Example
     -------
@@ -35,13 +36,28 @@ class EpochLogger(FileTrainLogger):
     def __init__(self, save_file: str | Path, precision: int = 2) -> None:
         super().__init__(save_file, precision)
         self.history = Path(save_file).with_name("history.json")
-        self.rows: list[dict] | None = None
+        self.rows: list[dict] = []  # of this process
 
-    def _read(self):
+    def _lines(self):
+        """Earlier lines of the text, and ours."""
+        first, earlier = self.rows[0]["epoch"], []
+        for line in _read(self.save_file).splitlines():
+            epoch = re.match(r"epoch: (\d+)\b", line)
+            if epoch is None or int(epoch[1]) < first:
+                earlier.append(line)
+        return "\n".join([*earlier, *map(self._line, self.rows)]) + "\n"
+
+    def _history(self):
+        """Earlier rows of history.json, and ours."""
+        first = self.rows[0]["epoch"]
         try:
-            return json.loads(self.history.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return []
+            rows = json.loads(_read(self.history) or "[]")
+            earlier = [row for row in rows if row["epoch"] < first]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UserError(
+                f"{self.history}: isn't a list of epochs; move it away."
+            ) from None
+        return json.dumps(earlier + self.rows, indent=1)
 
     def _line(self, row):
         parts: dict[str | None, dict] = {
@@ -70,17 +86,46 @@ class EpochLogger(FileTrainLogger):
         row = dict(stats_meta)
         for part, stats in parts.items():
             row |= {f"{part} {key}": v for key, v in (stats or {}).items()}
-        if self.rows is None:
-            self.rows = self._read()
         self.rows = [r for r in self.rows if r["epoch"] < row["epoch"]] + [row]
-        lines = [self._line(row) for row in self.rows]
-        try:
-            save_atomically("\n".join(lines) + "\n", self.save_file)
-            save_atomically(json.dumps(self.rows, indent=1), self.history)
-        except UserError as error:
-            logger.error("%s The run continues.", error)
+        for path, content in (
+            (Path(self.save_file), self._lines),
+            (self.history, self._history),
+        ):
+            try:
+                save_atomically(content(), path)
+            except UserError as error:
+                logger.error("%s The run continues.", error)
         if verbose:
-            logger.info(lines[-1])
+            logger.info(self._line(row))
+
+
+def _read(path):
+    """A log's text; "" where there is none yet."""
+    try:
+        with open_regular(path) as file:
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise UserError(
+            f"{path}: can't be read ({error.strerror}); {cure_of(error)}."
+        ) from None
+
+
+def check_tensorboard() -> None:
+    """Raises UserError if TensorBoard isn't installed.
+
+    Example
+    -------
+    >>> check_tensorboard()
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "--use_tensorboard True: tensorboard isn't installed; pip install "
+            "tensorboard, or give --use_tensorboard False."
+        ) from None
 
 
 class EpochTensorboardLogger(TensorboardLogger):
@@ -113,5 +158,8 @@ class EpochTensorboardLogger(TensorboardLogger):
             name: dict.fromkeys(stats or (), before)
             for name, stats in parts.items()
         }
-        super().log_stats(stats_meta, *parts.values(), verbose)
-        self.writer.flush()
+        try:
+            super().log_stats(stats_meta, *parts.values(), verbose)
+            self.writer.flush()
+        except OSError as error:
+            logger.error("TensorBoard: %s. The run continues.", error)

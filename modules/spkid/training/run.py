@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from speechbrain.core import RunOptions
 
-from spkid.data import Corpus
-from spkid.distributed import rank, world_size
-from spkid.errors import UserError
+from spkid.data import Corpus, FeatureFiles, PackedFeatures
+from spkid.distributed import gather, rank, world_size
+from spkid.errors import UserError, cure_of
 from spkid.evaluation import PARTS, Evaluation, Expectation, by_part, expect
 from spkid.files import lock_folder, read_json, save_atomically
 from spkid.hparams import Settings
 from spkid.sessions import sessions_digest
+from spkid.training.loggers import check_tensorboard
 
 IDENTITY, SETTINGS = "run.json", "hyperparams.yaml"
+# What a run writes into its folders. Where one of these stands in a folder
+# without a mark of a run, it is the user's own.
+MARKS = ("lock", IDENTITY, SETTINGS, "split.json")
+WRITTEN = {
+    "output_folder": (
+        *("results.json", "submission.csv", "evaluation.npz", "report.html"),
+        *("speakers.txt", "skipped.txt", "log.txt", "env.log", "train.py"),
+        "model",
+    ),
+    "manifest_folder": (
+        *("train.json", "valid.json", "test.json", "split_report.json"),
+    ),
+    "save_folder": (),
+    "train_log": (),
+}
 
 
 class RunFolder:
-    """The output folder of a run, reserved for this process.
+    """The folders of a run, reserved for this process.
 
     Arguments
     ---------
@@ -31,27 +53,54 @@ class RunFolder:
         SpeechBrain's.
     corpus : Corpus
         The data.
+    features : PackedFeatures or FeatureFiles
+        Their features.
 
     Raises
     ------
     UserError
-        If another process uses the folder, or a run that was started there
-        has other settings or data.
+        If another process uses one of the folders, or files are there that
+        no run has written, or a run that was started there has other settings
+        or data.
     """
 
     def __init__(
-        self, settings: Settings, options: RunOptions, corpus: Corpus
+        self,
+        settings: Settings,
+        options: RunOptions,
+        corpus: Corpus,
+        features: PackedFeatures | FeatureFiles,
     ) -> None:
         self.path = Path(settings.values["output_folder"])
         self.settings = settings
-        self._lock = lock_folder(self.path) if rank() == 0 else None
-        self.identity = run_identity(settings, options, corpus)
-        saved = Path(settings.values["save_folder"])
-        # Where nothing was saved, nothing was started.
-        started = any(saved.glob("CKPT*")) or (self.path / "model").exists()
-        if (self.path / IDENTITY).exists() and started:
-            theirs = read_json(self.path / IDENTITY)
-            check_identity(self.path / IDENTITY, theirs, self.identity)
+        self._locks = on_first(self._reserve)
+        self.identity = run_identity(settings, options, corpus, features)
+        on_first(self._check)
+
+    def _reserve(self):
+        """Locks all that the run writes to, before it writes anything."""
+        folders: dict[str, tuple[Path, str]] = {}
+        for key in WRITTEN:
+            folder = Path(self.settings.values[key])
+            if key == "train_log":
+                folder = folder.parent
+            check_foreign(folder, key)
+            folders.setdefault(os.path.realpath(folder), (folder, key))
+        return [lock_folder(*place) for place in folders.values()]
+
+    def _check(self):
+        """Where nothing was saved, nothing was started."""
+        saved = Path(self.settings.values["save_folder"])
+        identity = self.path / IDENTITY
+        has_checkpoints = any(saved.glob("CKPT*"))
+        if identity.exists():
+            if has_checkpoints or (self.path / "model").exists():
+                check_identity(identity, read_json(identity), self.identity)
+        elif has_checkpoints:
+            raise UserError(
+                f"{saved}: has checkpoints, but {identity}, which says of "
+                "what, is missing; restore it, or give another --save_folder."
+            )
 
     def save_settings(self) -> None:
         """Writes hyperparams.yaml: the settings with all overrides."""
@@ -116,8 +165,49 @@ class RunFolder:
         )
 
 
+def check_start(settings: Settings, options: RunOptions) -> None:
+    """Raises UserError, before any data are read, for a test without a
+    checkpoint, and for TensorBoard where it isn't installed."""
+    if settings.values["use_tensorboard"]:
+        check_tensorboard()
+    saved = Path(settings.values["save_folder"])
+    if options.test_only and not any(saved.glob("CKPT*")):
+        raise UserError(
+            f"{saved}: there is no checkpoint to test; train first, or name "
+            "the run's --output_folder."
+        )
+
+
+def check_foreign(folder: Path, key: str) -> None:
+    """Raises UserError where a run would write over files of the user's own.
+
+    Arguments
+    ---------
+    folder : pathlib.Path
+        That the run will write to.
+    key : str
+        Which of its folders it is; see ``WRITTEN``.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> check_foreign(folder, "manifest_folder")
+    """
+    if any((folder / mark).exists() for mark in MARKS):
+        return
+    for name in WRITTEN[key]:
+        if os.path.lexists(folder / name):
+            raise UserError(
+                f"{folder / name}: is there already, and no run has written "
+                f"it; move it away, or give another --{key}."
+            )
+
+
 def run_identity(
-    settings: Settings, options: RunOptions, corpus: Corpus
+    settings: Settings,
+    options: RunOptions,
+    corpus: Corpus,
+    features: PackedFeatures | FeatureFiles,
 ) -> dict[str, Any]:
     """What a run may not change when it resumes; see :class:`RunFolder`."""
     values = settings.fixed(options.test_only)
@@ -131,6 +221,7 @@ def run_identity(
         "written_sessions": sessions_digest(corpus, settings.values),
         "processes": world_size(),
         **values,
+        "features": features.digest(),  # last: they may follow from values
     }
 
 
@@ -143,8 +234,8 @@ def check_identity(path: Path, theirs: dict, ours: dict) -> None:
         The file to blame.
     theirs, ours : dict
         What the run was started with, and would resume with. A value that
-        begins with "yaml " is a digest; ``data`` is the digest of what was in
-        ``data_folder``, which may have moved.
+        begins with "yaml " is a digest; ``data`` and ``features`` are the
+        digests of what was in ``data_folder``, which may have moved.
 
     Example
     -------
@@ -153,9 +244,11 @@ def check_identity(path: Path, theirs: dict, ours: dict) -> None:
     for key, value in ours.items():
         if key == "data_folder" or theirs.get(key) == value:
             continue
+        if key == "features" and key not in theirs:  # of an older version
+            continue
         started, fix = f"{key}={theirs.get(key)}, not {value}", ""
-        if key == "data":
-            started = f"other data, from {theirs.get('data_folder')}"
+        if key in ("data", "features"):
+            started = f"other {key}, from {theirs.get('data_folder')}"
         elif str(value).startswith("yaml "):
             started = f"another '{key}' in its YAML file"
         else:
@@ -174,3 +267,96 @@ def expectation_line(expected: Expectation | None) -> str:
         "Estimated test accuracy (from confidence): {:.4f} "
         "({:.4f} to {:.4f})\n".format(*expected)
     )
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """In a distributed run, an error of one process is an error of all.
+
+    Example
+    -------
+    >>> with together():
+    ...     "each process does its part"
+    'each process does its part'
+    """
+    error = None
+    try:
+        yield
+    except (UserError, OSError) as caught:
+        error = caught
+    errors = [each for each in gather(error and str(error)) if each]
+    if error is not None:
+        raise error
+    if errors:
+        raise UserError(errors[0])
+
+
+def on_first(function: Callable, *arguments: Any) -> Any:
+    """Calls a function in the first process, while the others wait.
+
+    Returns
+    -------
+    Any
+        What it returns; None in the others.
+
+    Example
+    -------
+    >>> on_first(max, 1, 2)
+    2
+    """
+    with together():
+        return function(*arguments) if rank() == 0 else None
+
+
+@contextmanager
+def readable_log_errors(folder: Path) -> Iterator[None]:
+    """Around SpeechBrain's create_experiment_directory, which hides why it
+    couldn't write, and leaves a hook that logs each exception twice.
+
+    Example
+    -------
+    >>> with readable_log_errors(Path("results")):
+    ...     "here SpeechBrain makes the folder"
+    'here SpeechBrain makes the folder'
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(
+            f"{cause.filename or folder}: the log can't be written "
+            f"({cause.strerror or cause}); {cure_of(cause)}, and give the same "
+            "command again."
+        ) from None
+    finally:
+        sys.excepthook = sys.__excepthook__
+
+
+@contextmanager
+def debug_settings(settings: Settings) -> Iterator[Settings]:
+    """Settings of a debug run, which works in a new folder inside the output
+    folder; it is deleted at the end."""
+    output = Path(settings.values["output_folder"])
+    made, own = not output.exists(), ""
+
+    def make():
+        output.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(prefix="debug-", dir=output)
+
+    try:
+        own = on_first(make) or ""
+        place = output / Path(gather(own)[0]).name
+        yield settings.replace(
+            output_folder=str(place),
+            save_folder=str(place / "save"),
+            manifest_folder=str(place / "manifests"),
+            train_log=str(place / "train_log.txt"),
+        )
+    finally:
+        if own:
+            shutil.rmtree(own, ignore_errors=True)
+        if made and rank() == 0:
+            with suppress(OSError):  # packs are kept
+                output.rmdir()

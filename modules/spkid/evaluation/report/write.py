@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,10 @@ from spkid.evaluation.report.blocks import (
 )
 from spkid.evaluation.scores import PARTS, Evaluation
 from spkid.files import save_atomically
+from spkid.trust import one_line, read_bounded
 
+logger = logging.getLogger(__name__)
+MAX_BYTES = 2**24  # of each text file
 PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -30,7 +34,11 @@ PAGES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-ACCURACY = "valid accuracy"  # in history.json
+HISTORY, ACCURACY = "history.json", "valid accuracy"
+SOURCES = (
+    *("results.json", HISTORY, "evaluation.npz", "hyperparams.yaml"),
+    "manifests/split_report.json",
+)
 TILES = {key: f"Accuracy, {part.name}" for key, part in PARTS.items()}
 TILES |= {
     "gap": "Gap, in points",
@@ -55,11 +63,30 @@ MEANING = {
 }
 
 
+def share(value: Any) -> float:
+    """A number of results.json, from 0 to 1.
+
+    Raises
+    ------
+    ValueError
+        If it isn't one.
+
+    Example
+    -------
+    >>> share(0.5)
+    0.5
+    """
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ValueError(f"{value!r:.60} isn't a number from 0 to 1")
+    return value
+
+
 def headline(results: dict, first: str) -> list[dict[str, str]]:
     """The accuracies and the gap, and what each of them means."""
 
     def accuracy(key):
-        return (results.get(key) or {}).get("accuracy")
+        value = (results.get(key) or {}).get("accuracy")
+        return None if value is None else share(value)
 
     values = {
         first: accuracy("valid"),
@@ -68,8 +95,14 @@ def headline(results: dict, first: str) -> list[dict[str, str]]:
         "expected": accuracy("expected"),
         "test": accuracy("test"),
     }
-    expected = results.get("expected") or {}
-    ends = {key: percent(value) for key, value in expected.items()}
+    if values["gap"] is not None:
+        share(abs(values["gap"]))
+    ends = {}
+    if values["expected"] is not None:
+        ends = {
+            key: percent(share(results["expected"][key]))
+            for key in ("low", "high")
+        }
     return [
         {
             "name": TILES[part],
@@ -84,6 +117,12 @@ def headline(results: dict, first: str) -> list[dict[str, str]]:
 def training(history: list[dict], first: str) -> dict[str, Any]:
     """Accuracies, losses and the learning rate of each epoch."""
     epochs = [row["epoch"] for row in history]
+    if any(type(epoch) is not int or epoch < 1 for epoch in epochs):
+        raise ValueError("an epoch isn't a whole number from 1")
+    for row in history:
+        for value in row.values():
+            if type(value) not in (int, float, type(None)):
+                raise ValueError(f"{value!r:.60} isn't a number")
 
     def plot(axes, key, part):
         values = np.array([row.get(key) for row in history], dtype=float)
@@ -113,9 +152,10 @@ def training(history: list[dict], first: str) -> dict[str, Any]:
     best = f"{len(epochs)} epochs."
     scored = [row for row in history if row.get(ACCURACY) is not None]
     if scored:
-        row = max(scored, key=lambda row: row[ACCURACY])
+        highest = max(share(row[ACCURACY]) for row in scored)
+        row = next(row for row in scored if row[ACCURACY] == highest)
         best = (
-            f"Best on {PARTS[first].name}: {percent(row[ACCURACY])}, in epoch "
+            f"Best on {PARTS[first].name}: {percent(highest)}, in epoch "
             f"{row['epoch']} of {epochs[-1]}."
         )
     caption = (
@@ -136,7 +176,10 @@ def sessions(split: dict) -> dict[str, Any]:
     """How many sessions the speakers have, and what could be held out."""
     found: dict[int, np.ndarray] = {}
     for row in split["speakers"].values():
-        line = found.setdefault(row["sessions"], np.zeros(4, dtype=int))
+        for key in ("sessions", "utterances", "held_out"):
+            if type(row[key] or 0) is not int or (row[key] or 0) < 0:
+                raise ValueError(f"{key} isn't a whole number from 0")
+        line = found.setdefault(row["sessions"] or 0, np.zeros(4, dtype=int))
         line += (1, row["utterances"], row["held_out"], not row["held_out"])
     table = Table(
         "Speakers by number of sessions; all utterances of those in the last "
@@ -144,6 +187,8 @@ def sessions(split: dict) -> dict[str, Any]:
         ["sessions", "speakers", "utterances", "held out", "none held out"],
         [[count or "unknown", *one] for count, one in sorted(found.items())],
     )
+    if not isinstance(split["warnings"], list):
+        raise ValueError("its warnings aren't a list")
     return {
         "table": table,
         "source": split["sessions"],
@@ -169,21 +214,43 @@ def read(path: Path) -> Any:
 
     Raises
     ------
-    UserError
-        If it cannot be read.
+    Exception
+        If it can't be read, or isn't of the kind that a run writes.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "history.json"
+    >>> _ = path.write_text("[]")
+    >>> read(path)
+    []
     """
     if not path.exists():
         return None
     if path.suffix == ".npz":
         return Evaluation.load(path)
+    text = read_bounded(path, MAX_BYTES).decode("utf-8-sig")
+    if path.suffix != ".json":
+        return text
+    content, kind = json.loads(text), list if path.name == HISTORY else dict
+    if not isinstance(content, kind):
+        raise ValueError(f"it doesn't hold a {kind.__name__}")
+    return content
+
+
+def attempt(path: Path, make: Callable[[], Any]) -> tuple[Any, str]:
+    """What is made of a file; if it is damaged, None and a sentence's end.
+
+    Example
+    -------
+    >>> attempt(Path("history.json"), lambda: [])
+    ([], '')
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else text
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: could not be read ({error}); delete it to have a report "
-            "without its sections."
-        ) from None
+        return make(), ""
+    except Exception as error:  # a stranger's file may hold anything
+        what = one_line(error).removeprefix(f"{path}: ")
+        logger.warning("%s: can't be shown (%s).", path, what)
+        return None, f"can't be shown ({what})."
 
 
 def write_report(output_folder: str | Path) -> Path:
@@ -193,8 +260,8 @@ def write_report(output_folder: str | Path) -> Path:
     ---------
     output_folder : str or pathlib.Path
         Holds results.json, history.json, evaluation.npz, hyperparams.yaml and
-        manifests/split_report.json; where one is missing, a sentence replaces
-        its sections.
+        manifests/split_report.json; where one is missing or damaged, a sentence
+        replaces its sections, and a damaged one costs a warning.
 
     Returns
     -------
@@ -204,7 +271,7 @@ def write_report(output_folder: str | Path) -> Path:
     Raises
     ------
     UserError
-        If none of these files is there, or one cannot be read.
+        If none of these files can be read.
 
     Example
     -------
@@ -214,11 +281,21 @@ def write_report(output_folder: str | Path) -> Path:
     'report.html'
     """
     folder = Path(output_folder)
-    results = read(folder / "results.json") or {}
+    found, missing = {}, {}
+    for name in SOURCES:
+        path = folder / name
+        found[name], why = attempt(path, partial(read, path))
+        missing[name] = why or "is missing or empty."
+    if not any(found.values()):
+        raise UserError(
+            f"{folder}: holds no finished run (results.json is missing); name "
+            "the --output_folder of one."
+        )
+    results = found["results.json"] or {}
     first = "random" if results.get("split") == "random" else "new"
     makers: dict[str, tuple[str, Callable]] = {
         "Accuracy": ("results.json", partial(headline, first=first)),
-        "Training": ("history.json", partial(training, first=first)),
+        "Training": (HISTORY, partial(training, first=first)),
         "Accuracy by length": ("evaluation.npz", scored.by_length),
         "Accuracy by speaker": ("evaluation.npz", scored.by_speaker),
         "Most confused": ("evaluation.npz", scored.confusions),
@@ -227,26 +304,22 @@ def write_report(output_folder: str | Path) -> Path:
         "Sessions": ("manifests/split_report.json", sessions),
         "Settings": ("hyperparams.yaml", partial(settings, results=results)),
     }
-    found = {name: read(folder / name) for name, _ in makers.values()}
-    if not any(found.values()):
-        raise UserError(
-            f"{folder}: holds no finished run (results.json is missing); name "
-            "the --output_folder of one."
-        )
-    missing = dict.fromkeys(found, "is missing or empty.")
     table = found["evaluation.npz"]
     if table:
         found["evaluation.npz"] = table.select(table.known)
         missing["evaluation.npz"] = "has no utterance of a known speaker."
-    sections = {
-        title: make(found[name]) if found[name] else f"{name} {missing[name]}"
-        for title, (name, make) in makers.items()
-    }
+    sections = {}
+    for title, (name, make) in makers.items():
+        made, why = None, missing[name]
+        if found[name]:
+            made, why = attempt(folder / name, partial(make, found[name]))
+        sections[title] = f"{name} {why}" if made is None else made
     title = f"Report of {folder.resolve().name}"
-    if results:
+    if {"system", "split", "seed"} <= results.keys():
         title = "Report: {system}, {split} split, seed {seed}".format(**results)
     page = PAGES.get_template("page.html.j2").render(
         title=title, sections=sections
     )
-    save_atomically(page, folder / "report.html")
+    # A name that isn't UTF-8 has letters that can't be written.
+    save_atomically(page.encode(errors="replace"), folder / "report.html")
     return folder / "report.html"

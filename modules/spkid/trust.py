@@ -1,0 +1,391 @@
+"""What a run's folder may hold, since a stranger may have made it.
+
+Its hyperparams.yaml names classes. They are checked before anything is
+imported, and built here, since HyperPyYAML runs whatever a file names, even
+within a text in round brackets.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import math
+import os
+import pydoc
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ruamel.yaml
+import torch
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from torch.nn.modules import module as hooks
+
+from spkid.errors import UserError
+from spkid.files import open_regular
+
+# What a run's folder may name. torch.nn.Transformer and its parts are copied
+# as often as an argument says, whatever memory there is.
+CLASSES = re.compile(
+    r"(spkid\.(models|features)(\.[a-z]+)?"
+    r"|torch\.nn(\.modules\.[a-z]+)?(?!\.Transformer)"
+    r"|speechbrain\.nnet\.(CNN|RNN|activations|attention|containers|dropout"
+    r"|embedding|linear|normalization|pooling)"
+    r"|speechbrain\.lobes\.models\.(ECAPA_TDNN|ResNet|Xvector))"
+    r"\.[A-Za-z]\w*",
+    re.ASCII,
+)
+PLAIN_TAGS = {
+    f"tag:yaml.org,2002:{kind}"
+    for kind in ("str", "int", "float", "bool", "null", "map", "seq")
+} | {"!tuple"}
+MAX_VALUES = 10_000  # of a YAML file, where each alias counts as its content
+SPARE = 2**26  # bytes that modules may hold beside their weights
+MAX_WEIGHTS = 2**32  # bytes: a billion float32
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 300 characters.
+
+    Example
+    -------
+    >>> one_line(ValueError("a\\nb"))
+    'a b'
+    """
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    elif isinstance(error, ruamel.yaml.error.MarkedYAMLError):
+        text = str(error.problem or error.context)
+        if mark := error.problem_mark or error.context_mark:
+            text += f" in line {mark.line + 1}"
+    elif len(error.args) > 1:
+        text = ": ".join(map(str, error.args))
+    text = " ".join(text.split()).rstrip(".:") or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def read_bounded(path: str | Path, most: int) -> bytes:
+    """The bytes of a regular file of a bounded size.
+
+    Raises
+    ------
+    OSError
+        If it is missing, larger, or no regular file.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "a"
+    >>> _ = path.write_bytes(b"abc")
+    >>> read_bounded(path, most=3)
+    b'abc'
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            words = f"it has {size:,} bytes, more than {most:,}"
+            raise OSError(errno.EFBIG, words, str(path))
+        return file.read(most)
+
+
+def check_stored(file: BinaryIO) -> int:
+    """The bytes of a zip's members, none of which is more than it seems.
+
+    Raises
+    ------
+    ValueError
+        If members are compressed, or are larger than the file together.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "a.npz"
+    >>> with zipfile.ZipFile(path, "w") as archive:
+    ...     archive.writestr("a", "abc")
+    >>> with open_regular(path) as file:
+    ...     check_stored(file)
+    3
+    """
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members):
+        raise ValueError("it is compressed, as this program writes none")
+    total = sum(member.file_size for member in members)
+    if total > file.seek(0, os.SEEK_END):
+        raise ValueError("its members are larger than the file")
+    file.seek(0)
+    return total
+
+
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that ``torch.save`` wrote, by their names.
+
+    Raises
+    ------
+    Exception
+        PyTorch has many for a bad file.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "a.ckpt"
+    >>> torch.save(torch.nn.Linear(2, 3).state_dict(), path)
+    >>> load_weights(path)["bias"].shape
+    torch.Size([3])
+    """
+    with open_regular(path) as file:
+        if check_stored(file) > MAX_WEIGHTS:
+            raise ValueError(f"it has more than {MAX_WEIGHTS:,} bytes")
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        for name, value in weights.items()
+    ):
+        raise ValueError("it doesn't hold tensors by names")
+    return weights
+
+
+def count_values(node: Node) -> float:
+    """Values within a YAML node, each alias as its content; infinity for a
+    node that holds itself.
+
+    Example
+    -------
+    >>> count_values(ruamel.yaml.YAML().compose("[&a [1, 2], *a, *a]"))
+    10
+    """
+    counts: dict[int, float] = {}
+
+    def count(one: Node) -> float:
+        if id(one) not in counts:
+            counts[id(one)] = math.inf  # until it is known
+            counts[id(one)] = 1 + sum(map(count, _children(one)))
+        return counts[id(one)]
+
+    return count(node)
+
+
+def check_nodes(node: Node, blamed: str, trust: bool = False) -> None:
+    """Checks that a YAML node names nothing but torch modules.
+
+    Arguments
+    ---------
+    node : ruamel.yaml.nodes.Node
+        Of a YAML file.
+    blamed : str
+        The file and the key.
+    trust : bool
+        Whether any installed torch module will do. Otherwise only ours,
+        SpeechBrain's and PyTorch's layers; nothing else is imported.
+
+    Raises
+    ------
+    UserError
+        If it names anything else.
+
+    Example
+    -------
+    >>> node = ruamel.yaml.YAML().compose("!new:torch.nn.Linear [2, 3]")
+    >>> check_nodes(node, "a.yaml: key 'a'")
+    """
+    for one in _within(node):
+        if one.tag not in PLAIN_TAGS:
+            _find(str(one.tag), blamed, trust)
+
+
+def build_modules(
+    nodes: Mapping[str, Node], path: Path, trust: bool = False
+) -> dict[str, torch.nn.Module]:
+    """Makes the torch modules of YAML nodes, and runs nothing else.
+
+    Arguments
+    ---------
+    nodes : dict
+        Nodes by key. What they share is made once.
+    path : pathlib.Path
+        The file to blame.
+    trust : bool
+        As in :func:`check_nodes`.
+
+    Raises
+    ------
+    UserError
+        If a node is refused, or a class refuses its arguments.
+
+    Example
+    -------
+    >>> node = ruamel.yaml.YAML().compose("!new:torch.nn.Linear [2, 3]")
+    >>> build_modules({"a": node}, Path("a.yaml"))
+    {'a': Linear(in_features=2, out_features=3, bias=True)}
+    """
+    plain = ruamel.yaml.YAML(typ="safe", pure=True)
+    made: dict[int, Any] = {}
+
+    def construct(node: Node, blamed: str) -> Any:
+        content: Any = None
+        if isinstance(node, MappingNode):
+            content = {
+                make(key, blamed): make(value, blamed)
+                for key, value in node.value
+            }
+        elif isinstance(node, SequenceNode):
+            content = [make(value, blamed) for value in node.value]
+        elif _is_tuple(node):
+            content = tuple(plain.load(f"[{node.value[1:-1]}]"))
+        elif node.tag in PLAIN_TAGS:
+            content = plain.constructor.construct_object(node)
+        if node.tag in PLAIN_TAGS:
+            return content
+        found = _find(str(node.tag), blamed, trust)
+        keys = content if isinstance(content, dict) else {}
+        values = content if isinstance(content, list) else ()
+        if str(node.tag).startswith("!new:"):
+            return found(*values, **keys)
+        return partial(found, *values, **keys) if content else found
+
+    def make(node: Node, blamed: str) -> Any:
+        if id(node) not in made:
+            try:
+                made[id(node)] = construct(node, blamed)
+            except UserError:
+                raise
+            except Exception as error:  # whatever a class says of its values
+                what = "" if node.tag in PLAIN_TAGS else f" {node.tag}"
+                raise UserError(f"{blamed}{what}: {one_line(error)}.") from None
+        return made[id(node)]
+
+    for key, node in nodes.items():
+        check_nodes(node, f"{path}: key '{key}'", trust)
+    built = {
+        key: make(node, f"{path}: key '{key}'") for key, node in nodes.items()
+    }
+    for key, value in built.items():
+        if not isinstance(value, torch.nn.Module):
+            raise UserError(
+                f"{path}: key '{key}' must be a torch module; train again."
+            )
+    return built
+
+
+def check_size(
+    build: Callable[[], Mapping[str, torch.nn.Module]],
+    weights: Mapping[str, Mapping[str, torch.Tensor]],
+    path: Path,
+) -> None:
+    """Checks modules against their weights before they take memory.
+
+    Arguments
+    ---------
+    build : callable
+        Makes them; is called on PyTorch's device "meta", without memory.
+    weights : dict
+        Of each module, as in its ``state_dict()``; a module that is not
+        there has none.
+    path : pathlib.Path
+        The file to blame.
+
+    Raises
+    ------
+    UserError
+        If they would be larger than their weights.
+
+    Example
+    -------
+    >>> layer = torch.nn.Linear(2, 3)
+    >>> check_size(lambda: {"a": torch.nn.Linear(2, 3)},
+    ...            {"a": layer.state_dict()}, Path("a.yaml"))
+    """
+    tensors = [value for one in weights.values() for value in one.values()]
+    storages = {t.untyped_storage().data_ptr(): t for t in tensors}
+    room = sum(t.untyped_storage().nbytes() for t in storages.values()) + SPARE
+    most, registered = 10 * len(tensors) + 1000, 0
+    refusal = UserError(
+        f"{path}: describes a larger model than the run's weights are of; "
+        "train again."
+    )
+
+    def count(*_: object) -> None:
+        nonlocal registered
+        registered += 1
+        if registered > most:
+            raise refusal
+
+    handles = [
+        hooks.register_module_parameter_registration_hook(count),
+        hooks.register_module_buffer_registration_hook(count),
+        hooks.register_module_module_registration_hook(count),
+    ]
+    try:
+        with torch.device("meta"):
+            modules = build().values()
+    finally:
+        for handle in handles:
+            handle.remove()
+    needed = sum(
+        tensor.numel() * tensor.element_size()
+        for module in modules
+        for tensor in chain(module.parameters(), module.buffers())
+    )
+    if needed > room:
+        raise refusal
+
+
+def _children(node: Node) -> list[Node]:
+    """The nodes within a node."""
+    if isinstance(node, MappingNode):
+        return [one for pair in node.value for one in pair]
+    return node.value if isinstance(node, SequenceNode) else []
+
+
+def _within(node: Node) -> Iterator[Node]:
+    """A node and all within it; what is shared comes each time."""
+    yield node
+    for child in _children(node):
+        yield from _within(child)
+
+
+def _is_tuple(node: Node) -> bool:
+    """Whether HyperPyYAML takes a scalar for a tuple, as (1, 2)."""
+    if not isinstance(node, ScalarNode):
+        return False
+    bracketed = node.style is None and re.fullmatch(r"\(.*\)", node.value)
+    return node.tag == "!tuple" or bool(bracketed)
+
+
+def _find(tag: str, blamed: str, trust: bool) -> type[torch.nn.Module]:
+    """The class of a tag; nothing is imported that isn't trusted."""
+    kind, _, name = tag.partition(":")
+    module, _, own = name.rpartition(".")
+    if kind not in ("!new", "!name"):
+        found = None
+    elif CLASSES.fullmatch(name):
+        try:
+            found = vars(importlib.import_module(module)).get(own)
+        except ImportError:
+            found = None
+        if isinstance(found, type):  # not what that module itself imports
+            home = f"{found.__module__}.{found.__name__}"
+            found = found if CLASSES.fullmatch(home) else None
+    elif trust:
+        try:
+            found = pydoc.locate(name)
+        except Exception as error:  # of the module that is imported
+            raise UserError(
+                f"{blamed}: {tag} can't be imported ({one_line(error)})."
+            ) from None
+    else:
+        raise UserError(
+            f"{blamed}: {tag} isn't one of the classes that a run's folder may "
+            "name; if you trust whoever made it, give --trust (in Python: "
+            "trust=True)."
+        )
+    if isinstance(found, type) and issubclass(found, torch.nn.Module):
+        return found
+    raise UserError(
+        f"{blamed}: {tag} isn't a torch module that is installed here; a "
+        "trained system is made of nothing else."
+    )
