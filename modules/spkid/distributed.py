@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,3 +78,42 @@ def gather(value: Any) -> list:
     values = [None] * world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """In a distributed run, an error of one process is an error of all.
+
+    Example
+    -------
+    >>> with together():
+    ...     "each process does its part"
+    'each process does its part'
+    """
+    error = None
+    try:
+        yield
+    except (UserError, OSError) as caught:
+        error = caught
+    errors = [each for each in gather(error and str(error)) if each]
+    if error is not None:
+        raise error
+    if errors:
+        raise UserError(errors[0])
+
+
+def on_first(function: Callable, *arguments: Any) -> Any:
+    """Calls a function in the first process, while the others wait.
+
+    Returns
+    -------
+    Any
+        What it returns; None in the others.
+
+    Example
+    -------
+    >>> on_first(max, 1, 2)
+    2
+    """
+    with together():
+        return function(*arguments) if rank() == 0 else None

@@ -15,7 +15,11 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from spkid.errors import DataError, Problem, UserError, cure_of
 
+MISSING = "the file is missing"
 MAX_JSON = 256 * 2**20  # bytes: two million utterances; parsed, ten times that
+# What JSON calls its values.
+KINDS = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
+KINDS |= {float: "a decimal number", bool: "a boolean", type(None): "null"}
 # A file system that can't flush says so in one of these ways.
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF}
 
@@ -152,11 +156,11 @@ def read_json(path: str | Path, inside: bool = False) -> dict:
                 repeated.append(Problem(*what))
         return dict(pairs)
 
-    if inside and os.path.realpath(path.parent) != os.path.dirname(
-        os.path.realpath(path)
-    ):
-        raise bad("is a link that leaves its folder", "copy the file into it")
     try:
+        root = os.path.join(os.path.realpath(path.parent), "")
+        if inside and not os.path.realpath(path).startswith(root):
+            what = "is a link that leaves its folder"
+            raise bad(what, "copy the file into it")
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_JSON:
@@ -167,7 +171,8 @@ def read_json(path: str | Path, inside: bool = False) -> dict:
             text = file.read(size)
         content = json.loads(text, object_pairs_hook=unique)
     except FileNotFoundError:
-        raise bad("the file is missing", "restore it") from None
+        what = "is a link to nothing" if path.is_symlink() else MISSING
+        raise bad(what, "restore it") from None
     except OSError as error:
         cure = cure_of(error)
         if error.errno == errno.EINVAL:  # a pipe, a device, a folder
@@ -180,7 +185,7 @@ def read_json(path: str | Path, inside: bool = False) -> dict:
     if repeated:
         raise DataError(repeated, path.parent)
     if not isinstance(content, dict):
-        raise bad(f"holds a {type(content).__name__}, not an object")
+        raise bad(f"holds {KINDS[type(content)]}, not an object")
     return content
 
 

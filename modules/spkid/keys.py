@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from spkid.data import DTYPES, POLICIES, SAMPLERS
+from spkid.data import DTYPES, POLICIES, SAMPLERS, SPEAKERS
 from spkid.errors import UserError
 from spkid.evaluation import EVALUATIONS
 from spkid.features import NORMALIZATIONS
@@ -66,6 +66,7 @@ KEYS = {
     "pack_on_device": Key(FLAG, FREE),
     "on_bad_file": Key(POLICIES, FREE),
     "max_bad_share": Key(SHARE, FREE),
+    "speakers": Key(SPEAKERS, FREE),  # the data's digest tells them
     "split": Key(SPLITS),
     "sessions": Key(SOURCES),
     "valid_fraction": Key(Range(0.0, 1.0, open=True)),

@@ -11,6 +11,11 @@ sessions that are not in the training set. On one machine, the same arguments
 give the same bytes.
 """
 
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):  # Ctrl-C in the imports is quiet
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import ctypes
 import hashlib
@@ -19,7 +24,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import tempfile
 import threading
 from concurrent.futures import ProcessPoolExecutor

@@ -4,6 +4,7 @@
 Usage: python ml2022hw4_prepare.py DATA_FOLDER [--on_bad_file stop | skip]
                    [--max_bad_share 0.05] [--speakers all | present]
                    [--pack_folder DIR] [--pack_dtype float16 | float32]
+                   [--pack True | False]
 
 ``train.py`` does the same before it trains. Nothing is trusted: no file is
 unpickled, no path may leave the folder, every number is checked before it is
@@ -11,6 +12,11 @@ used. All problems are reported at once.
 """
 
 from __future__ import annotations
+
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):  # Ctrl-C in the imports is quiet
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import logging
@@ -35,7 +41,7 @@ from spkid.data import (
 )
 from spkid.data.corpus import SPEAKERS, without_utterance
 from spkid.errors import DataError, Problem, raise_for, run_command, table
-from spkid.files import read_json
+from spkid.files import KINDS, read_json
 
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "data"
 NEEDED = (
@@ -47,8 +53,6 @@ MAX_NAME = 1_000
 # Line breaks, NUL and half characters would break the text files of a run.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 AGAIN = "make or download it again"
-KINDS = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
-KINDS |= {float: "a decimal number", bool: "a boolean", type(None): "null"}
 
 
 def _short(value: object, length: int = 60) -> str:
@@ -349,7 +353,7 @@ def prepare(
         pack_folder or DEFAULT_DATA / "packs",
         pack=pack,
         pack_dtype=pack_dtype,
-        check=on_bad_file == "skip",
+        check=True,
     )
     corpus = leave_out(corpus, bad, *policy)
     if isinstance(features, PackedFeatures):
@@ -373,26 +377,41 @@ def _warn_of_copies(corpus: Corpus, pack: PackedFeatures) -> None:
         )
 
 
+def data_options() -> argparse.ArgumentParser:
+    """Options of :func:`prepare`, for the commands that call it; what isn't
+    given is absent."""
+    options = argparse.ArgumentParser(
+        add_help=False, argument_default=argparse.SUPPRESS
+    )
+    options.add_argument("--on_bad_file", choices=POLICIES)
+    options.add_argument("--max_bad_share", type=float)
+    options.add_argument("--speakers", choices=SPEAKERS)
+    options.add_argument("--pack_folder", type=Path)
+    options.add_argument("--pack_dtype", choices=DTYPES)
+    flags = {"True": True, "False": False}
+    options.add_argument("--pack", type=flags.get, choices=flags.values())
+    return options
+
+
 def main(arguments: list[str]) -> None:
     """Checks and packs a data folder."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+        parents=[data_options()],
     )
     parser.add_argument("data_folder", type=Path)
-    parser.add_argument("--on_bad_file", choices=POLICIES, default="stop")
-    parser.add_argument("--max_bad_share", type=float, default=0.05)
-    parser.add_argument("--speakers", choices=SPEAKERS, default="all")
-    parser.add_argument("--pack_folder", type=Path)
-    parser.add_argument("--pack_dtype", choices=DTYPES, default="float16")
-    corpus, features = prepare(**vars(parser.parse_args(arguments)))
+    args = parser.parse_args(arguments)
+    corpus, features = prepare(**vars(args))
     if corpus.skipped:
         print(f"Skipped:\n{table(corpus.skipped)}")
     print(
         f"{corpus.folder} is valid: {len(corpus.speakers)} speakers, "
         f"{len(corpus.labelled)} labelled and {len(corpus.test)} test "
-        f"utterances, {features.lengths.sum() / 360_000:.1f} hours.\n"
-        f"The pack is {features.file}."
+        f"utterances, {features.lengths.sum() / 360_000:.1f} hours."
     )
+    if features.file:
+        print(f"The pack is {features.file}.")
 
 
 if __name__ == "__main__":

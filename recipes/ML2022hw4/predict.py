@@ -2,16 +2,22 @@
 """Says who speaks in test utterances, with a finished run.
 
 Usage: python predict.py OUTPUT_FOLDER [--data_folder DIR] [--submission FILE]
-                         [--device cpu] [--trust]
+                         [--device cpu] [--trust] [--pack_folder DIR ...]
 
 Without --data_folder, OUTPUT_FOLDER/submission.csv is written again. With it,
 the utterances of DIR's testdata.json are scored and their speakers written to
 OUTPUT_FOLDER/submission-DIR.csv; DIR needs the mapping.json that the run was
 trained with. --trust lets the run name classes of others, as a pooling of your
-own; importing them runs their code.
+own; importing them runs their code. The options of ml2022hw4_prepare.py
+replace what the run was trained with.
 """
 
 from __future__ import annotations
+
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):  # Ctrl-C in the imports is quiet
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import csv
@@ -24,8 +30,8 @@ from pathlib import Path
 
 from speechbrain.core import RunOptions
 
-from ml2022hw4_prepare import prepare
-from spkid.data import Corpus, manifest
+from ml2022hw4_prepare import data_options, prepare
+from spkid.data import Corpus, manifest, only_speakers
 from spkid.errors import UserError, run_command
 from spkid.evaluation import Evaluation, expect, load_validation
 from spkid.files import save_atomically
@@ -79,7 +85,9 @@ def default_name(corpus: Corpus, other: bool) -> str:
 def main(arguments: list[str]) -> None:
     """Scores the test utterances and writes the CSV."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+        parents=[data_options()],
     )
     parser.add_argument("output_folder", type=Path)
     parser.add_argument("--data_folder", type=Path)
@@ -92,8 +100,11 @@ def main(arguments: list[str]) -> None:
         args.output_folder, args.device, args.trust
     )
     settings = Settings.of_run(args.output_folder)
-    keys = ("pack_folder", "pack_dtype", "on_bad_file", "max_bad_share")
-    settings.need(("data_folder", "pack", *keys), OUTDATED)
+    keys = (
+        *("pack_folder", "pack", "pack_dtype"),
+        *("on_bad_file", "max_bad_share", "speakers"),
+    )
+    settings.need(("data_folder", *keys), OUTDATED)
     run, other = settings.values, args.data_folder is not None
     if not (other or run["data_folder"]):
         raise UserError(
@@ -102,12 +113,14 @@ def main(arguments: list[str]) -> None:
     validated = load_validation(args.output_folder, settings.scoring())
     if validated and validated.speakers != identifier.speakers:
         validated = None  # of another run
+    options = {key: vars(args).get(key, run[key]) for key in keys}
+    if other and "pack" not in args:
+        options["pack"] = False  # what is read once needs no pack
     corpus, features = prepare(
-        args.data_folder or run["data_folder"],
-        pack=run["pack"] and not other,  # what is read once needs no pack
-        test_only=other,
-        **{key: run[key] for key in keys},
+        args.data_folder or run["data_folder"], test_only=other, **options
     )
+    if options["speakers"] == "present":  # those that the run was trained on
+        corpus = only_speakers(corpus, identifier.speakers)
     if not corpus.test:
         raise UserError(
             f"{corpus.folder / 'testdata.json'}: has no utterance; add some."

@@ -9,6 +9,11 @@ same command, given again, resumes where it was stopped.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):  # Ctrl-C in the imports is quiet
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import os
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,18 +23,13 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from speechbrain.core import RunOptions
-from speechbrain.utils.distributed import ddp_init_group, if_main_process
+from speechbrain.utils.distributed import if_main_process
 
 import mini_corpus
 from ml2022hw4_prepare import DEFAULT_DATA, prepare
 from predict import write_submission
-from spkid.data import (
-    FeatureDataset,
-    eval_loader,
-    label_encoder,
-    train_loader,
-)
-from spkid.distributed import rank, world_size
+from spkid.data import FeatureDataset, eval_loader, label_encoder, train_loader
+from spkid.distributed import join_group, on_first, rank, together, world_size
 from spkid.errors import run_command, table
 from spkid.evaluation import Evaluation
 from spkid.files import read_json, save_atomically
@@ -38,15 +38,8 @@ from spkid.inference import WEIGHTS, SpeakerIdentifier
 from spkid.keys import NEEDED
 from spkid.run_options import check_run_options, parse_arguments
 from spkid.sessions import write_manifests
-from spkid.training import RobustBrain, RunFolder, RunState
-from spkid.training.brain import explained
-from spkid.training.run import (
-    check_start,
-    debug_settings,
-    on_first,
-    readable_log_errors,
-    together,
-)
+from spkid.training import RobustBrain, RunFolder, RunState, explained
+from spkid.training.run import check_start, debug_settings, readable_log_errors
 
 DEBUG_UTTERANCES = 4
 
@@ -223,7 +216,10 @@ def read_data(values):
     if folder is None:
         print("No --data_folder: the embedded mini corpus is used.", flush=True)
         folder = mini_corpus.build(DEFAULT_DATA / "mini")
-    keys = ("pack_folder", "pack", "pack_dtype", "on_bad_file", "max_bad_share")
+    keys = (
+        *("pack_folder", "pack", "pack_dtype"),
+        *("on_bad_file", "max_bad_share", "speakers"),
+    )
     return prepare(folder, **{key: values[key] for key in keys})
 
 
@@ -312,7 +308,6 @@ def finish(run, brain, corpus, validated, tested) -> None:
         "parameters": sum(p.numel() for p in brain.identifier.parameters()),
         "epochs": brain.hparams.epoch_counter.current,
         "skipped_steps": brain.skipped_steps,
-        "unsaved_epochs": brain.unsaved_epochs,
         "seconds": round(brain.run_state.seconds, 1),
     }
     run.write_results(results, validated, tested)
@@ -333,7 +328,7 @@ def main(arguments: list[str]) -> None:
         run_opts = replace(run_opts, distributed_backend="gloo")
     settings = Settings(hparams_file, overrides)
     check_run_options(run_opts, settings.values)
-    ddp_init_group(run_opts)
+    join_group(run_opts)
     settings.check(world_size(), NEEDED)
     check_start(settings, run_opts)
     own = debug_settings if run_opts.debug else nullcontext

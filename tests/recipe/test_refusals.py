@@ -209,7 +209,7 @@ def test_test_only_without_a_checkpoint_is_refused(data, tmp_path):
     [
         (
             ["--lr=1000", "--nonfinite_patience=0", "--max_grad_norm=0"],
-            "steps in a row: lower --lr",
+            "steps in a row: start a run in another --output_folder with a lower",
             [],
         ),
         (

@@ -199,10 +199,6 @@ def test_a_run_knows_its_features(tmp_path, corpus, monkeypatch):
     words = f"started with other features, from {corpus.folder}"
     with pytest.raises(UserError, match=words):
         make(tmp_path, corpus)
-    identity = json.loads((tmp_path / "run.json").read_text())
-    del identity["features"]  # as an older version wrote it
-    (tmp_path / "run.json").write_text(json.dumps(identity))
-    make(tmp_path, corpus)
 
 
 def settings_of(folder, **overrides):

@@ -6,7 +6,15 @@ from spkid.data.batches import (
     crop_starts,
 )
 from spkid.data.build import DTYPES, open_features
-from spkid.data.corpus import POLICIES, Corpus, Utterance, leave_out, manifest
+from spkid.data.corpus import (
+    POLICIES,
+    SPEAKERS,
+    Corpus,
+    Utterance,
+    leave_out,
+    manifest,
+    only_speakers,
+)
 from spkid.data.dataset import (
     SAMPLERS,
     FeatureDataset,
@@ -30,6 +38,7 @@ __all__ = [
     "POLICIES",
     "PackedFeatures",
     "SAMPLERS",
+    "SPEAKERS",
     "ShuffledBatches",
     "Utterance",
     "check_feature_files",
@@ -39,6 +48,7 @@ __all__ = [
     "leave_out",
     "load_feature_file",
     "manifest",
+    "only_speakers",
     "open_features",
     "train_loader",
 ]

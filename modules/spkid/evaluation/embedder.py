@@ -257,8 +257,10 @@ class UtteranceEmbedder:
             return
         if longest <= self.window_frames:
             raise UserError(
-                f"Not even {longest} frames fit into memory: lower "
-                "--window_frames, free memory, or give --device cpu."
+                f"Not even {longest} frames fit into memory: free some, give "
+                "--device cpu, or start a run in another --output_folder with "
+                f"--window_frames {-(-longest // 2)} --window_hop "
+                f"{-(-longest // 4)}."
             )
         logger.warning(
             "An utterance of %d frames doesn't fit into memory; it is embedded "

@@ -93,10 +93,14 @@ class BatchNorm(nn.BatchNorm1d):
     momentum: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalises [items, features]."""
+        """Normalises [items, features] or [items, features, frames]."""
         alone = not torch.distributed.is_initialized()
         if alone or not (self.training and x.is_cpu):
             return super().forward(x)
+        if x.ndim == 3:
+            frames = x.transpose(1, 2)
+            flat = self(frames.flatten(0, 1))
+            return flat.view(frames.shape).transpose(1, 2)
         dtype, x = x.dtype, x.float()  # as torch does in autocast
         total = all_reduce(torch.tensor(float(len(x))))
         mean = all_reduce(x.sum(dim=0)) / total

@@ -1,6 +1,6 @@
 """SpeechBrain's training loop, checkpoints and loggers, made safe."""
 
-from spkid.training.brain import RobustBrain
+from spkid.training.brain import RobustBrain, explained
 from spkid.training.checkpoints import AtomicCheckpointer, RunState
 from spkid.training.loggers import EpochLogger, EpochTensorboardLogger
 from spkid.training.run import RunFolder
@@ -14,5 +14,6 @@ __all__ = [
     "RobustBrain",
     "RunFolder",
     "RunState",
+    "explained",
     "WarmupCosine",
 ]

@@ -31,6 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spkid.distributed import gather
 from spkid.errors import UserError
+from spkid.evaluation.embedder import is_out_of_memory
+from spkid.models.layers import BatchNorm
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Makes a UserError of what the system does to workers and other ranks.
+    """Makes a UserError of full memory, of dead workers and other ranks.
 
     Example
     -------
@@ -62,6 +64,12 @@ def explained() -> Iterator[None]:
     except (RuntimeError, OSError) as error:
         message = str(error)
         first = message.partition("\n")[0][:120]
+        if is_out_of_memory(error):
+            raise UserError(
+                f"The memory is full ({first}): free some, or start a run in "
+                "another --output_folder with half the --batch_size and "
+                "--grad_accumulation_factor 2."
+            ) from None
         if SHARED_MEMORY.search(message):
             raise UserError(
                 "The memory that processes share (/dev/shm) is full: give "
@@ -87,9 +95,8 @@ class RobustBrain(sb.Brain):
     * SIGINT, SIGTERM, SIGUSR1 and SIGHUP save a checkpoint and exit with 128
       + the signal's number; a second one exits at once. ``nohup`` works.
     * A checkpoint is also saved between an epoch's training and validation.
-    * An epoch that can't be saved is counted in ``unsaved_epochs``; the run
-      goes on if it has an earlier checkpoint. It doesn't end well before its
-      last epoch is saved.
+    * An epoch that can't be saved ends the run, which resumes from the
+      checkpoint before it.
     * A step whose loss or gradient isn't finite is skipped and counted;
       more than ``nonfinite_patience`` in a row end the run with advice.
     * ``max_grad_norm`` clips all parameters together; 0 or less: no clipping.
@@ -119,10 +126,7 @@ class RobustBrain(sb.Brain):
         super().__init__(*args, **kwargs)
         self.batches_per_epoch = 0
         self.skipped_steps = 0
-        self.unsaved_epochs: list[int] = []
         self.epoch = 0
-        # Arguments of the last epoch's save, if it failed.
-        self._save_again: tuple[dict, str, int] | None = None
         self._saved_at = time.monotonic()
         self._terminal: list[int] = []
         self._skipped_in_a_row = 0
@@ -223,8 +227,9 @@ class RobustBrain(sb.Brain):
         if self._skipped_in_a_row > self.nonfinite_patience:
             raise UserError(
                 f"The {what} wasn't finite in {self._skipped_in_a_row} steps "
-                "in a row: lower --lr, train with --precision fp32, or set "
-                "--max_grad_norm; the earlier checkpoints are intact."
+                "in a row: start a run in another --output_folder with a lower "
+                "--lr, with --precision fp32, or with --max_grad_norm 1; the "
+                "earlier checkpoints are intact."
             )
 
     # --- stopping and resuming --------------------------------------------
@@ -234,14 +239,12 @@ class RobustBrain(sb.Brain):
         super()._save(path)
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"skipped_steps: {self.skipped_steps}\n")
-            file.write(f"unsaved_epochs: {self.unsaved_epochs}\n")
 
     @mark_as_loader
     def _recover(self, path, end_of_epoch):
         super()._recover(path, end_of_epoch)
         state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         self.skipped_steps = state["skipped_steps"]
-        self.unsaved_epochs = state.get("unsaved_epochs", [])
 
     @property
     def position(self) -> dict[str, int]:
@@ -266,7 +269,6 @@ class RobustBrain(sb.Brain):
                 previous[number] = signal.signal(number, self._on_signal)
         try:
             super().fit(epoch_counter, train_set, *args, **kwargs)
-            self._save_last_epoch()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -309,27 +311,15 @@ class RobustBrain(sb.Brain):
     def _save_intra_epoch_ckpt(self):
         """Saves a mid-epoch checkpoint and deletes the earlier ones."""
         if self.checkpointer is not None:
-            saved, failure = self._checkpoint(
+            saved = self.checkpointer.save_checkpoint(
                 end_of_epoch=False,
                 meta={INTRA_EPOCH_CKPT_FLAG: True},
                 verbosity=logging.DEBUG,
             )
-            if not failure:
+            if not self.checkpointer.failure:
                 self._forget_intra_epoch(saved)
         self._saved_at = time.monotonic()
         self._stop_if_asked()
-
-    def _checkpoint(self, **kwargs):
-        """Saves a checkpoint; returns it, and why that failed."""
-        saved = self.checkpointer.save_checkpoint(**kwargs)
-        failure = getattr(self.checkpointer, "failure", None)
-        if failure and not self.checkpointer.list_checkpoints():
-            raise UserError(
-                f"{self.checkpointer.checkpoints_dir}: not even the first "
-                f"checkpoint could be saved ({failure[0]}); {failure[1]}, and "
-                "give the same command again."
-            )
-        return saved, failure
 
     def _forget_intra_epoch(self, newer):
         """Deletes mid-epoch checkpoints once a newer one is safe."""
@@ -357,38 +347,23 @@ class RobustBrain(sb.Brain):
         Raises
         ------
         UserError
-            If it can't be saved and there is no earlier checkpoint.
+            If it can't be saved. Going on would test a mean that lacks it.
         """
-        self._save_again = None
-        saved, failure = self._checkpoint(meta=meta)
-        if failure:
-            self.unsaved_epochs.append(self.epoch)
-            self._save_again = meta, max_key, num_to_keep
-        else:
-            self._forget_intra_epoch(saved)
-            self.checkpointer.delete_checkpoints(
-                num_to_keep=num_to_keep,
-                max_keys=[max_key],
-                importance_keys=[],
-                ckpt_predicate=lambda c: saved is None or c.path != saved.path,
-            )
-        self._stop_if_asked()
-
-    def _save_last_epoch(self):
-        """Tries once more; without the last epoch there is no result."""
-        if self._save_again is None:
-            return
-        unsaved = self.unsaved_epochs.copy()
-        self.unsaved_epochs.pop()
-        self.save_epoch(*self._save_again)
-        if self.unsaved_epochs == unsaved:
+        saved = self.checkpointer.save_checkpoint(meta=meta)
+        if self.checkpointer.failure:
             why, cure = self.checkpointer.failure
-            many = "epochs" if len(unsaved) > 1 else "epoch"
             raise UserError(
-                f"{self.checkpointer.checkpoints_dir}: {many} "
-                f"{', '.join(map(str, unsaved))} could not be saved ({why}), "
-                f"so nothing was tested; {cure}, and {RESUME}"
+                f"{self.checkpointer.checkpoints_dir}: epoch {self.epoch} "
+                f"could not be saved ({why}); {cure}, and {RESUME}"
             )
+        self._forget_intra_epoch(saved)
+        self.checkpointer.delete_checkpoints(
+            num_to_keep=num_to_keep,
+            max_keys=[max_key],
+            importance_keys=[],
+            ckpt_predicate=lambda c: saved is None or c.path != saved.path,
+        )
+        self._stop_if_asked()
 
     def _fit_valid(self, valid_set, epoch, enable):
         if self.distributed_launch:
@@ -410,10 +385,14 @@ class RobustBrain(sb.Brain):
 
     def _wrap_distributed(self):
         """Wraps modules for distributed training. SpeechBrain converts to
-        SyncBatchNorm even on CPUs, where it fails in the first batch."""
+        SyncBatchNorm even on CPUs, where it fails in the first batch; there
+        our BatchNorm does the same."""
         if not (self.distributed_launch and self.device_type == "cpu"):
             super()._wrap_distributed()
             return
+        for module in self.modules.modules():
+            if type(module) is torch.nn.BatchNorm1d:
+                module.__class__ = BatchNorm  # of the same parameters
         for name, module in self.modules.items():
             if any(p.requires_grad for p in module.parameters()):
                 self.modules[name] = DistributedDataParallel(

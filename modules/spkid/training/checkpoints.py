@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-import math
 import os
 import pickle
 import random
 import re
 import shutil
 import time
-import zipfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -54,7 +52,9 @@ UNLOADABLE = (
     *(KeyError, TypeError),
 )
 # How torch.save says that a file could not be written.
-UNWRITTEN = re.compile("inline_container|PytorchStreamWriter|file write failed")
+UNWRITTEN = re.compile(
+    "inline_container|PytorchStreamWriter|file write failed|iostream error"
+)
 
 
 def write_meta(folder: Path, meta: dict) -> None:
@@ -90,14 +90,9 @@ def read_meta(folder: Path) -> dict | None:
         meta = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    if not isinstance(meta, dict) or "end-of-epoch" not in meta:
-        return None
     line, _, checksum = text.partition(CHECKSUM)
-    if "files" in meta:
-        whole = checksum == f"{zlib.crc32(line.encode())}\n"
-    else:  # of an older version; this was its last entry
-        whole = "unixtime" in meta
-    return meta if whole else None
+    whole = checksum == f"{zlib.crc32(line.encode())}\n"
+    return meta if whole and isinstance(meta, dict) else None
 
 
 def sizes_of(path: Path) -> list[int]:
@@ -125,30 +120,12 @@ def damaged_file(folder: Path) -> Path | None:
     meta = read_meta(folder)
     if meta is None:
         return folder / METAFNAME
-    for name in meta.get("files", ()):
+    for name, sizes in meta["files"].items():
         try:
-            if sizes_of(folder / name) != meta["files"][name]:
+            if sizes_of(folder / name) != sizes:
                 return folder / name
         except OSError:
             return folder / name
-    return None if "files" in meta else _damaged_old_file(folder)
-
-
-def _damaged_old_file(folder):
-    """Older versions: a file that is empty or fails the checksums that
-    torch.save writes."""
-    for path in sorted(folder.iterdir()):
-        with open_regular(path) as file:
-            start = file.read(2)
-        if not start:
-            return path
-        if start == b"PK":
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip() is not None:
-                        return path
-            except zipfile.BadZipFile:
-                return path
     return None
 
 
@@ -163,7 +140,7 @@ def position(checkpoint: Checkpoint) -> tuple:
     """
     meta = checkpoint.meta
     return (
-        meta.get("epoch", math.inf),  # older mid-epoch ones have none
+        meta.get("epoch", 0),
         meta.get("end-of-epoch", True),
         meta.get("step", 0),
         checkpoint.path.name,

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from speechbrain.core import RunOptions
 
 from spkid.data import Corpus, FeatureFiles, PackedFeatures
-from spkid.distributed import gather, rank, world_size
+from spkid.distributed import gather, on_first, rank, world_size
 from spkid.errors import UserError, cure_of
 from spkid.evaluation import PARTS, Evaluation, Expectation, by_part, expect
 from spkid.files import lock_folder, read_json, save_atomically
@@ -244,8 +244,6 @@ def check_identity(path: Path, theirs: dict, ours: dict) -> None:
     for key, value in ours.items():
         if key == "data_folder" or theirs.get(key) == value:
             continue
-        if key == "features" and key not in theirs:  # of an older version
-            continue
         started, fix = f"{key}={theirs.get(key)}, not {value}", ""
         if key in ("data", "features"):
             started = f"other {key}, from {theirs.get('data_folder')}"
@@ -267,45 +265,6 @@ def expectation_line(expected: Expectation | None) -> str:
         "Estimated test accuracy (from confidence): {:.4f} "
         "({:.4f} to {:.4f})\n".format(*expected)
     )
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """In a distributed run, an error of one process is an error of all.
-
-    Example
-    -------
-    >>> with together():
-    ...     "each process does its part"
-    'each process does its part'
-    """
-    error = None
-    try:
-        yield
-    except (UserError, OSError) as caught:
-        error = caught
-    errors = [each for each in gather(error and str(error)) if each]
-    if error is not None:
-        raise error
-    if errors:
-        raise UserError(errors[0])
-
-
-def on_first(function: Callable, *arguments: Any) -> Any:
-    """Calls a function in the first process, while the others wait.
-
-    Returns
-    -------
-    Any
-        What it returns; None in the others.
-
-    Example
-    -------
-    >>> on_first(max, 1, 2)
-    2
-    """
-    with together():
-        return function(*arguments) if rank() == 0 else None
 
 
 @contextmanager
