@@ -255,7 +255,8 @@ def test_the_last_key_of_the_options_is_speechbrains():
     [
         (["--lr=1", "--lr=2"], "--lr is given twice; keep one"),
         (["--lr", "1", "--lr=2"], "--lr is given twice; keep one"),
-        (["--data_folder"], "--data_folder has no value; give one, or null"),
+        (["--data_folder"], "--data_folder has no value; give one, or null."),
+        (["--output_folder="], "--output_folder has no value; give one."),
         (["--data_folder=", "--lr=1"], "--data_folder has no value"),
         (["--data_folder", "--lr=1"], "--data_folder has no value"),
         (["lr=1"], "'lr=1' must be of the form --key=value"),

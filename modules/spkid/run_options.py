@@ -11,7 +11,7 @@ from speechbrain.core import RunOptions
 from speechbrain.utils.distributed import infer_device
 
 from spkid.errors import UserError, one_of
-from spkid.keys import FLAG, HUGE, KEYS, Range
+from spkid.keys import FLAG, HUGE, KEYS, OPTIONAL, Range
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 MODULES = ("preprocess", "embedding_model", "classifier")  # that train.py reads
@@ -126,7 +126,9 @@ def parse_arguments(
             given[key] = f"{given[key]} {word}".lstrip()
     for key, value in given.items():
         if not value:
-            raise UserError(f"--{key} has no value; give one, or null.")
+            optional = key in KEYS and KEYS[key].allowed == OPTIONAL
+            null = ", or null" if optional else ""
+            raise UserError(f"--{key} has no value; give one{null}.")
     return path, options, given
 
 

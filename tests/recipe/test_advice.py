@@ -12,15 +12,17 @@ import shutil
 import subprocess
 
 import pytest
+import speechbrain as sb
 import torch
 from corpus import make_corpus
-from harness import ROOT, assert_one_sentence, run_train, train_arguments
+from harness import ROOT, assert_one_sentence, run, run_train, train_arguments
 
 import ml2022hw4_prepare
 import predict
 import train
 from ml2022hw4_prepare import prepare
 from spkid.errors import UserError
+from spkid.evaluation import UtteranceEmbedder
 from spkid.features import UtteranceNorm
 from spkid.files import lock_folder
 from spkid.hparams import Settings
@@ -302,7 +304,7 @@ REFUSED = [
     ("--pack=0", "pack=0 must be True or False", "--pack=True"),
     ("--optimizer_step_limit=3", "give --number_of_epochs", SHORT),
     ("--n_mels=40", "remove it", SHORT),
-    ("--lr=", "give one, or null", "--lr=0.01"),
+    ("--lr=", "give one", "--lr=0.01"),
     (
         "--ckpt_interval_steps=3",
         "give --ckpt_interval_minutes 0",
@@ -336,11 +338,61 @@ def no_space():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_run_that_diverged(data, tmp_path):
-    output = tmp_path / "out"
-    wrong = ["--lr=1000", "--nonfinite_patience=0", "--max_grad_norm=0"]
-    assert_one_sentence(run_train(data, output, *wrong), "lower --lr")
-    done = run_train(data, output, SHORT, "--lr=0.001")
+def poison():
+    """No loss is finite from now on."""
+    loss = sb.nnet.losses.nll_loss
+    sb.nnet.losses.nll_loss = lambda *a, **k: loss(*a, **k) * float("nan")
+
+
+@pytest.mark.parametrize("step", [1, 10], ids=["at once", "later"])
+def test_a_run_that_diverged(data, tmp_path, step):
+    """With a checkpoint of it, too, where other settings would be refused."""
+    fault = {"fate": ("step", step, False), "do": poison}
+    wrong = ["--nonfinite_patience=0", "--number_of_epochs=2"]
+    done = run_train(data, tmp_path / "out", *wrong, **fault)
+    advice = "start a run in another --output_folder with a lower --lr, with "
+    advice += "--precision fp32, or with --max_grad_norm 1"
+    assert_one_sentence(done, advice)
+    for option in ("--lr=0.001", "--precision=fp32", "--max_grad_norm=1"):
+        done = run_train(data, tmp_path / option, SHORT, option)
+        assert done.returncode == 0, done.stderr
+
+
+def no_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_batch_without_memory(data, tmp_path):
+    fault = {"fate": ("step", 10, False), "do": no_memory}
+    done = run_train(data, tmp_path / "out", **fault)
+    advice = "start a run in another --output_folder with half the --batch_size"
+    assert_one_sentence(done, f"{advice} and --grad_accumulation_factor 2")
+    more = ["--batch_size=2", "--grad_accumulation_factor=2", SHORT]
+    done = run_train(data, tmp_path / "new", *more)
+    assert done.returncode == 0, done.stderr
+
+
+def small_memory():
+    """No utterance of more than 30 frames can be embedded from now on."""
+    embed = UtteranceEmbedder._embed
+
+    def limited(self, features, parts):
+        if max(count for _, _, count in parts) > 30:
+            no_memory()
+        return embed(self, features, parts)
+
+    UtteranceEmbedder._embed = limited
+
+
+def test_an_utterance_without_memory(data, tmp_path):
+    fault = {"fate": ("validation", 1, False), "do": small_memory}
+    done = run_train(data, tmp_path / "out", SHORT, **fault)
+    found = re.search(
+        "(--window_frames) (.*) (--window_hop) (.*)\\.", done.stderr
+    )
+    assert_one_sentence(done, "start a run in another --output_folder with")
+    more = [f"{found[1]}={found[2]}", f"{found[3]}={found[4]}", SHORT]
+    done = run_train(data, tmp_path / "new", *more, **fault)
     assert done.returncode == 0, done.stderr
 
 
@@ -493,6 +545,41 @@ def test_scores_are_written_again(data, finished, tmp_path, caplog):
     caplog.clear()
     predict.main([str(output)])
     assert advice not in caplog.text
+
+
+@pytest.mark.parametrize("advice", ["--pack False", "--pack_folder"])
+def test_other_commands_without_room_for_a_pack(
+    data, finished, tmp_path, advice
+):
+    option = ["--pack=False"]
+    if advice == "--pack_folder":
+        option = [f"--pack_folder={tmp_path / 'new'}"]
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    fault = {"fate": ("packing", 3, False), "do": no_space}
+    blocked = f"--pack_folder={tmp_path / 'packs'}"
+    for program, folder in (("ml2022hw4_prepare", data), ("predict", output)):
+        done = run(program, [folder, blocked], **fault)
+        assert_one_sentence(done, advice)
+        done = run(program, [folder, *option])
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "advice", "option"),
+    [
+        ([], "not a readable feature file", "--on_bad_file=skip"),
+        (["--on_bad_file=skip"], "or raise it", "--max_bad_share=0.5"),
+    ],
+)
+def test_bad_files_to_predict(finished, tmp_path, given, advice, option):
+    folder = make_corpus(tmp_path / "new")
+    for name in ("uttr-test-1.pt", "uttr-test-2.pt"):
+        (folder / name).write_bytes(b"PK no tensor")
+    words = [str(finished[0]), f"--data_folder={folder}", *given]
+    words.append(f"--submission={tmp_path / 'a.csv'}")
+    with pytest.raises(UserError, match=advice):
+        predict.main(words)
+    predict.main([*words, option, "--max_bad_share=0.5"])
 
 
 class Norm(UtteranceNorm):

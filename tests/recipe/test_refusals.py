@@ -49,7 +49,7 @@ CHOICES = [
     (["--learning_rate=1"], "no key 'learning_rate'"),
     (["--drop_out=1"], "did you mean --dropout?"),
     (["--lr=1", "--lr=2"], "--lr is given twice"),
-    (["--lr="], "--lr has no value"),
+    (["--lr="], "--lr has no value; give one."),
     (["--n_speakers=3"], "--n_speakers is set by the data; remove it"),
     (["--batch_size=1"], "batch_size=1 must lie in [2, "),
     (["--embedding_size=0"], "embedding_size=0 must lie in [1, "),
@@ -209,7 +209,7 @@ def test_test_only_without_a_checkpoint_is_refused(data, tmp_path):
     [
         (
             ["--lr=1000", "--nonfinite_patience=0", "--max_grad_norm=0"],
-            "steps in a row: start a run in another --output_folder with a lower",
+            "in a row: start a run in another --output_folder with a lower",
             [],
         ),
         (
