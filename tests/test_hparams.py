@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import random
 import re
 from pathlib import Path
@@ -147,6 +148,14 @@ def test_a_bad_file_is_one_sentence(tmp_path, content, words):
 def test_a_byte_order_mark_is_read(tmp_path):
     (tmp_path / "a.yaml").write_bytes(b"\xef\xbb\xbfrate: 0.1\n")
     assert Settings(tmp_path / "a.yaml").values == {"rate": 0.1}
+
+
+def test_an_output_folder_must_be_utf_8():
+    name = os.fsdecode(b"caf\xe9")
+    with pytest.raises(UserError, match="isn't text in UTF-8; name another"):
+        Settings(CONFORMER, {"output_folder": name})
+    settings = Settings(CONFORMER, {"data_folder": name})
+    assert settings.values["data_folder"] == name
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,12 @@ class Settings:
         allowed = KEYS[key].allowed if key in KEYS else None
         if allowed == OPTIONAL and value == "null":
             return None
+        if allowed == TEXT and any("\ud800" <= c <= "\udfff" for c in value):
+            # No file of a run could name it.
+            raise UserError(
+                f"--{key}={value}: isn't text in UTF-8; name another place, or "
+                "set the environment variable PYTHONUTF8=1."
+            )
         if allowed in (TEXT, OPTIONAL) or isinstance(default, str):
             return value
         try:
