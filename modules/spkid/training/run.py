@@ -211,7 +211,10 @@ def run_identity(
 ) -> dict[str, Any]:
     """What a run may not change when it resumes; see :class:`RunFolder`."""
     values = settings.fixed(options.test_only)
-    for key in ("precision", "grad_accumulation_factor", "max_grad_norm"):
+    for key in (
+        *("precision", "grad_accumulation_factor", "max_grad_norm"),
+        "remove_vector_weight_decay",
+    ):
         # The command line goes before the YAML file.
         if key in options.overridden_args or key not in values:
             values[key] = getattr(options, key)
