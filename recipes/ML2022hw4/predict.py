@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import signal
 
-if __name__ in ("__main__", "__mp_main__"):  # Ctrl-C in the imports is quiet
+if __name__ in ("__main__", "__mp_main__") and (
+    signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+):  # Ctrl-C in the imports is quiet
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse

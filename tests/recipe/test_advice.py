@@ -464,7 +464,7 @@ def test_a_refused_run_resumes_or_starts_elsewhere(data, finished, tmp_path):
     for folder, seed in ((output, 1986), (tmp_path / "new", 7)):
         done = run_train(data, folder, f"--seed={seed}")
         assert done.returncode == 0, done.stderr
-    (output / "run.json").unlink()
+    (output / "save" / "run.json").unlink()
     done = run_train(data, output)
     assert_one_sentence(done, "or give another --save_folder")
     done = run_train(data, output, f"--save_folder={tmp_path / 'save'}")

@@ -169,8 +169,8 @@ def test_what_can_not_be_written_costs_a_sentence(data, calm, tmp_path, name):
     """A folder stands in its place; without it, the same command ends well."""
     output = tmp_path / "out"
     (output / name / "x").mkdir(parents=True)
-    (output / "lock").touch()  # a run has been here
-    (output / name).parent.joinpath("lock").touch()
+    (output / "split.json").touch()  # a run has been here
+    (output / name).parent.joinpath("split.json").touch()
     packs = f"--pack_folder={data.parent / 'packs'}"
     done = go(data, output, packs, report=True)
     assert_one_sentence(done, name.rpartition("/")[2])

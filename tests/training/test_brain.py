@@ -13,6 +13,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 
+import spkid.training.brain
 from spkid.errors import UserError
 from spkid.training import AtomicCheckpointer, RobustBrain, RunState
 from spkid.training.brain import STOP_SIGNALS
@@ -223,7 +224,8 @@ def test_a_signal_waits_for_the_end_of_a_group(tmp_path):
 
 
 @pytest.mark.parametrize("name", STOP_SIGNALS)
-def test_a_second_signal_ends_at_once(tmp_path, hangs_up, name):
+def test_a_second_signal_ends_at_once(tmp_path, monkeypatch, hangs_up, name):
+    monkeypatch.setattr(spkid.training.brain, "SAME_SIGNAL", -1.0)
     brain = make(Signalled)
     brain.checkpointer = AtomicCheckpointer(tmp_path)
     brain.times, brain.name = 2, name
@@ -233,12 +235,29 @@ def test_a_second_signal_ends_at_once(tmp_path, hangs_up, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_nohup_keeps_a_run_alive(hangs_up):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    brain = make(Signalled, max_grad_norm=0.0)
-    brain.name = "SIGHUP"
-    assert fit(brain, [1, 2, 4]) == [-7.0]
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+@pytest.mark.parametrize("name", STOP_SIGNALS)
+def test_a_signal_that_comes_twice_at_once_is_one(tmp_path, hangs_up, name):
+    """torchrun passes on what its processes get themselves."""
+    brain = make(Signalled)
+    brain.checkpointer = AtomicCheckpointer(tmp_path)
+    brain.times, brain.name = 2, name
+    with pytest.raises(SystemExit):
+        fit(brain, [1, 2, 4])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
+def test_an_ignored_signal_stays_ignored(hangs_up, name):
+    """nohup ignores SIGHUP, and a shell's background job SIGINT."""
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        brain = make(Signalled, max_grad_norm=0.0)
+        brain.name = name
+        assert fit(brain, [1, 2, 4]) == [-7.0]
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.skipif(not hasattr(os, "forkpty"), reason="needs terminals")

@@ -39,9 +39,9 @@ def test_a_line_that_could_not_be_written_comes_with_the_next(
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
 
 
-def log_two(path):
+def log_two(path, **more):
     for epoch in (1, 2):
-        log = EpochLogger(path)  # as after a kill
+        log = EpochLogger(path, **more)  # as after a kill
         log.log_stats({"epoch": epoch}, {"loss": 0.5}, verbose=False)
 
 
@@ -53,7 +53,6 @@ ILL = [
     b'[{"loss": 1}]',
     b'[{"epoch": "1"}]',
     b"[null]",
-    b"\xff\x00",
     b"[" * 100_000,
 ]
 
@@ -70,6 +69,21 @@ def test_an_ill_shaped_history_costs_no_line(tmp_path, caplog, content):
     EpochLogger(tmp_path / "log.txt").log_stats({"epoch": 3}, verbose=False)
     assert [row["epoch"] for row in json.loads(history.read_text())] == [3]
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", ["log.txt", "history.json"])
+def test_a_text_of_the_users_own_is_left_as_it_is(tmp_path, caplog, name):
+    (tmp_path / name).write_bytes(b"caf\xe9 notes\n")
+    log_two(tmp_path / "log.txt")
+    assert f"{name}: isn't text in UTF-8; move it away" in caplog.text
+    assert (tmp_path / name).read_bytes() == b"caf\xe9 notes\n"
+
+
+def test_two_logs_of_a_folder_keep_their_own_history(tmp_path):
+    for name in ("a", "b"):
+        history = tmp_path / name / "history.json"
+        log_two(tmp_path / f"{name}.txt", history=history)
+        assert len(json.loads(history.read_text())) == 2
 
 
 @pytest.mark.parametrize("name", ["log.txt", "history.json"])

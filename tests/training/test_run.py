@@ -1,6 +1,7 @@
 """A run's folder: what it was started with, and who may use it."""
 
 import json
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -180,15 +181,54 @@ def test_files_of_the_users_own_are_not_written_over(
 
 def test_a_run_that_died_before_it_was_started_is_no_user(tmp_path, corpus):
     make(tmp_path, corpus)
-    (tmp_path / "train.py").touch()
+    (tmp_path / "hyperparams.yaml").touch()
+    (tmp_path / "log.txt").touch()
+    (tmp_path / "manifests" / "split.json").touch()
     (tmp_path / "manifests" / "train.json").touch()
     make(tmp_path, corpus)
 
 
+@pytest.mark.parametrize("name", ["results.json", "train.py"])
+def test_a_lock_alone_makes_no_file_a_runs(tmp_path, corpus, name):
+    """Another run's log may have locked the user's own folder."""
+    make(tmp_path, corpus)
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"{name}: is there already"):
+        make(tmp_path, corpus)
+
+
+@pytest.mark.parametrize("name", ["history.json", "log.txt", "save"])
+def test_a_log_takes_no_other_files_place(tmp_path, name):
+    (tmp_path / "save").mkdir()
+    settings = settings_of(tmp_path, train_log=str(tmp_path / name))
+    with pytest.raises(UserError, match=r"--train_log .* name another file"):
+        check_start(settings, RunOptions())
+    check_start(settings_of(tmp_path), RunOptions())
+    elsewhere = str(tmp_path / "other" / "log.txt")
+    check_start(settings_of(tmp_path, train_log=elsewhere), RunOptions())
+
+
+def test_debug_and_test_only_exclude_each_other(tmp_path):
+    begun = RunOptions(debug=True, test_only=True)
+    with pytest.raises(UserError, match="give one"):
+        check_start(settings_of(tmp_path), begun)
+
+
+def test_checkpoints_of_another_run_are_not_resumed(tmp_path, corpus):
+    """Neither where this run has a model of its own."""
+    for name, seed in (("a", 1), ("b", 2)):
+        begin(tmp_path / name, corpus, seed=seed)
+        (tmp_path / name / "model").mkdir()
+    saved = str(tmp_path / "a" / "save")
+    with pytest.raises(UserError, match=r"save/run\.json.* seed=1, not 2"):
+        make(tmp_path / "b", corpus, save_folder=saved, seed=2)
+
+
 def test_checkpoints_of_an_unknown_run_are_not_resumed(tmp_path, corpus):
     begin(tmp_path / "a", corpus)
+    (tmp_path / "a" / "save" / "run.json").unlink()
     saved = str(tmp_path / "a" / "save")
-    with pytest.raises(UserError, match=r"b/run\.json.* give another --save"):
+    with pytest.raises(UserError, match=r"run\.json.* give another --save"):
         make(tmp_path / "b", corpus, save_folder=saved)
 
 
@@ -262,6 +302,11 @@ def test_a_runs_settings_are_all_in_its_folder(tmp_path, corpus):
 
 def test_a_damaged_identity_is_named(tmp_path, corpus):
     begin(tmp_path, corpus)
+    (tmp_path / "save" / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"save/run\.json: not valid JSON"):
+        make(tmp_path, corpus)
+    shutil.rmtree(tmp_path / "save")
+    (tmp_path / "model").mkdir()
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run\.json: not valid JSON"):
         make(tmp_path, corpus)

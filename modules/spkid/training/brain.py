@@ -44,9 +44,12 @@ LOST_PEER = re.compile("Connection (closed|reset)|Broken pipe|remote process")
 # How a DataLoader reports that a worker has died, and that the memory which
 # workers share with this process is full.
 LOST_WORKER = re.compile(r"DataLoader worker \(pid.*(exited|killed)")
-SHARED_MEMORY = re.compile("shared memory|/torch_|/dev/shm|Bus error")
+SHARED_MEMORY = re.compile("allocate shared memory|</torch_|Bus error")
 # SIGUSR1 is Slurm's; SIGHUP comes when a terminal or a connection is closed.
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+# Seconds in which a signal may come again: torchrun passes on to its processes
+# what they get themselves, too, when a whole job is stopped.
+SAME_SIGNAL = 1.0
 
 
 @contextmanager
@@ -61,6 +64,8 @@ def explained() -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:
+        raise  # whoever read what this process prints has gone
     except (RuntimeError, OSError) as error:
         message = str(error)
         first = message.partition("\n")[0][:120]
@@ -93,7 +98,8 @@ class RobustBrain(sb.Brain):
     """A Brain whose runs survive signals, kills and non-finite steps.
 
     * SIGINT, SIGTERM, SIGUSR1 and SIGHUP save a checkpoint and exit with 128
-      + the signal's number; a second one exits at once. ``nohup`` works.
+      + the signal's number; one that comes a second or more later exits at
+      once. SIGHUP and SIGINT stay ignored, as by ``nohup``.
     * A checkpoint is also saved between an epoch's training and validation.
     * An epoch that can't be saved ends the run, which resumes from the
       checkpoint before it.
@@ -132,6 +138,7 @@ class RobustBrain(sb.Brain):
         self._skipped_in_a_row = 0
         self._group_is_bad = False
         self._signal: int | None = None
+        self._signalled = 0.0
 
     # --- gradient accumulation, non-finite values, clipping ---------------
 
@@ -262,8 +269,9 @@ class RobustBrain(sb.Brain):
             if not hasattr(signal, name):  # Windows lacks some
                 continue
             number = getattr(signal, name)
-            # nohup ignores it, and so must we.
-            if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+            # nohup ignores SIGHUP, and a shell's background job SIGINT.
+            ignored = signal.getsignal(number) == signal.SIG_IGN
+            if ignored and name in ("SIGHUP", "SIGINT"):
                 continue
             with suppress(ValueError):  # not the main thread
                 previous[number] = signal.signal(number, self._on_signal)
@@ -278,9 +286,10 @@ class RobustBrain(sb.Brain):
         super()._fit_train(train_set, epoch, enable)
 
     def _on_signal(self, number, _frame):
-        if self._signal is not None:
+        if self._signal is None:
+            self._signal, self._signalled = number, time.monotonic()
+        elif time.monotonic() - self._signalled > SAME_SIGNAL:
             sys.exit(128 + number)
-        self._signal = number
         if number == getattr(signal, "SIGHUP", None):
             # The terminal is gone; what is printed from now on fails.
             nowhere = os.open(os.devnull, os.O_WRONLY)

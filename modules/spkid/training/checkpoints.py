@@ -221,6 +221,7 @@ class AtomicCheckpointer(Checkpointer):
         part = final.with_name(SAVING + final.name)
         place = getattr(self.recoverables.get("brain"), "position", {})
         meta = {"end-of-epoch": end_of_epoch, **place, **(meta or {})}
+        meta["name"] = final.name
         files, saved, failure = {}, None, None
         try:
             part.mkdir(parents=True, exist_ok=True)
@@ -302,7 +303,9 @@ class AtomicCheckpointer(Checkpointer):
         found = []
         for folder in self._list_checkpoint_dirs():
             meta = read_meta(folder)
-            if meta and folder not in self._bad:
+            # A user's copy has another name than it was saved with.
+            own = meta is not None and meta["name"] == folder.name
+            if own and folder not in self._bad:
                 files = folder.glob(f"*{PARAMFILE_EXT}")
                 by_key = {path.stem: path for path in files}
                 found.append(Checkpoint(folder, meta, by_key))

@@ -22,7 +22,14 @@ class EpochLogger(FileTrainLogger):
     SpeechBrain's appends, so that an epoch which is repeated after a kill has
     two lines. Here its new line replaces the old one. A line that couldn't be
     written (a full disk) is written with the next one. What isn't a log of
-    this kind is left as it is, with a warning. Arguments as in SpeechBrain.
+    this kind is left as it is, with a warning.
+
+    Arguments
+    ---------
+    save_file, precision
+        As in SpeechBrain.
+    history : str or pathlib.Path, optional
+        None: history.json beside the text file.
 
     Example
     -------
@@ -33,9 +40,15 @@ class EpochLogger(FileTrainLogger):
     'epoch: 1 - train loss: 2.50e-01\\n'
     """
 
-    def __init__(self, save_file: str | Path, precision: int = 2) -> None:
+    def __init__(
+        self,
+        save_file: str | Path,
+        precision: int = 2,
+        history: str | Path | None = None,
+    ) -> None:
         super().__init__(save_file, precision)
-        self.history = Path(save_file).with_name("history.json")
+        beside = Path(save_file).with_name("history.json")
+        self.history = Path(history or beside)
         self.rows: list[dict] = []  # of this process
 
     def _lines(self):
@@ -103,9 +116,11 @@ def _read(path):
     """A log's text; "" where there is none yet."""
     try:
         with open_regular(path) as file:
-            return file.read().decode(errors="replace")
+            return file.read().decode()
     except FileNotFoundError:
         return ""
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: isn't text in UTF-8; move it away.") from None
     except OSError as error:
         raise UserError(
             f"{path}: can't be read ({error.strerror}); {cure_of(error)}."

@@ -27,7 +27,7 @@ from spkid.training.loggers import check_tensorboard
 IDENTITY, SETTINGS = "run.json", "hyperparams.yaml"
 # What a run writes into its folders. Where one of these stands in a folder
 # without a mark of a run, it is the user's own.
-MARKS = ("lock", IDENTITY, SETTINGS, "split.json")
+MARKS = (IDENTITY, SETTINGS, "split.json")
 WRITTEN = {
     "output_folder": (
         *("results.json", "submission.csv", "evaluation.npz", "report.html"),
@@ -72,6 +72,7 @@ class RunFolder:
         features: PackedFeatures | FeatureFiles,
     ) -> None:
         self.path = Path(settings.values["output_folder"])
+        self.saved = Path(settings.values["save_folder"])
         self.settings = settings
         self._locks = on_first(self._reserve)
         self.identity = run_identity(settings, options, corpus, features)
@@ -90,17 +91,17 @@ class RunFolder:
 
     def _check(self):
         """Where nothing was saved, nothing was started."""
-        saved = Path(self.settings.values["save_folder"])
-        identity = self.path / IDENTITY
-        has_checkpoints = any(saved.glob("CKPT*"))
-        if identity.exists():
-            if has_checkpoints or (self.path / "model").exists():
-                check_identity(identity, read_json(identity), self.identity)
-        elif has_checkpoints:
-            raise UserError(
-                f"{saved}: has checkpoints, but {identity}, which says of "
-                "what, is missing; restore it, or give another --save_folder."
-            )
+        if any(self.saved.glob("CKPT*")):
+            identity = self.saved / IDENTITY
+            if not identity.exists():
+                raise UserError(
+                    f"{identity}: is missing, and says of what the checkpoints "
+                    "there are; restore it, or give another --save_folder."
+                )
+            check_identity(identity, read_json(identity), self.identity)
+        if (self.path / "model").exists() and (self.path / IDENTITY).exists():
+            identity = self.path / IDENTITY
+            check_identity(identity, read_json(identity), self.identity)
 
     def save_settings(self) -> None:
         """Writes hyperparams.yaml: the settings with all overrides."""
@@ -112,9 +113,11 @@ class RunFolder:
         )
 
     def save_identity(self) -> None:
-        """Writes run.json: what the run can't change from now on."""
+        """Writes run.json, beside the checkpoints, too: what the run can't
+        change from now on."""
         text = json.dumps(self.identity, indent=1)
-        save_atomically(text, self.path / IDENTITY)
+        for folder in (self.saved, self.path):
+            save_atomically(text, folder / IDENTITY)
 
     def write_results(
         self,
@@ -167,7 +170,19 @@ class RunFolder:
 
 def check_start(settings: Settings, options: RunOptions) -> None:
     """Raises UserError, before any data are read, for a test without a
-    checkpoint, and for TensorBoard where it isn't installed."""
+    checkpoint, for TensorBoard where it isn't installed, and for a log in the
+    place of something else."""
+    log = Path(settings.values["train_log"])
+    output = os.path.realpath(settings.values["output_folder"])
+    names = {*WRITTEN["output_folder"], *MARKS, "lock", "history.json"}
+    inside = os.path.realpath(log.parent) == output
+    if log.is_dir() or (inside and log.name in names):
+        raise UserError(
+            f"--train_log {log}: is something else of this run, or a folder; "
+            "name another file."
+        )
+    if options.test_only and options.debug:
+        raise UserError("--debug and --test_only exclude each other; give one.")
     if settings.values["use_tensorboard"]:
         check_tensorboard()
     saved = Path(settings.values["save_folder"])
