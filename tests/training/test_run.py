@@ -188,6 +188,12 @@ def test_a_run_that_died_before_it_was_started_is_no_user(tmp_path, corpus):
     make(tmp_path, corpus)
 
 
+def test_a_split_that_was_deleted_is_made_again(tmp_path, corpus):
+    begin(tmp_path, corpus)
+    (tmp_path / "manifests" / "train.json").touch()
+    make(tmp_path, corpus)
+
+
 @pytest.mark.parametrize("name", ["results.json", "train.py"])
 def test_a_lock_alone_makes_no_file_a_runs(tmp_path, corpus, name):
     """Another run's log may have locked the user's own folder."""

@@ -25,8 +25,8 @@ from spkid.sessions import sessions_digest
 from spkid.training.loggers import check_tensorboard
 
 IDENTITY, SETTINGS = "run.json", "hyperparams.yaml"
-# What a run writes into its folders. Where one of these stands in a folder
-# without a mark of a run, it is the user's own.
+# What a run writes into its folders. Where one of these stands without a mark
+# of a run beside it or in the folder above, it is the user's own.
 MARKS = (IDENTITY, SETTINGS, "split.json")
 WRITTEN = {
     "output_folder": (
@@ -208,7 +208,8 @@ def check_foreign(folder: Path, key: str) -> None:
     >>> folder = getfixture("tmp_path")
     >>> check_foreign(folder, "manifest_folder")
     """
-    if any((folder / mark).exists() for mark in MARKS):
+    places = folder, folder.parent  # the latter of manifests/ and final/
+    if any((place / mark).exists() for place in places for mark in MARKS):
         return
     for name in WRITTEN[key]:
         if os.path.lexists(folder / name):
