@@ -186,3 +186,46 @@ def test_a_folder_is_free_again_once_the_lock_is_gone(tmp_path):
 def test_a_folder_that_cannot_be_written_has_no_lock(tmp_path):
     (tmp_path / "file").touch()
     assert lock_folder(tmp_path / "file" / "out") is None
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link, real = tmp_path / "a.txt", tmp_path / "disk" / "b.txt"
+    link.symlink_to(real)
+    for text in ("first", "second"):  # a link to nothing, then to a file
+        save_atomically(text, link)
+        assert link.is_symlink() and real.read_text() == text
+    assert [path.name for path in real.parent.iterdir()] == ["b.txt"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes")
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_no_file_is_not_replaced(tmp_path, linked):
+    """As /dev/null or, a link to a pipe, /dev/stdout."""
+    pipe = path = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if linked:
+        path = tmp_path / "link"
+        path.symlink_to(pipe)
+    words = r"could not be written \(it is no regular file\); name another"
+    with pytest.raises(UserError, match=words):
+        save_atomically("text", path)
+    assert pipe.is_fifo() and path.is_symlink() == linked
+    assert len(list(tmp_path.iterdir())) == 1 + linked
+
+
+def test_of_many_repeated_keys_one_is_named(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("[" + ",".join(['{"a": 1, "a": 2}'] * 1_001) + "]")
+    with pytest.raises(DataError, match="more than 1,000 keys") as caught:
+        read_json(path)
+    assert len(caught.value.problems) == 1
+
+
+def test_json_as_large_as_what_its_reader_takes(tmp_path):
+    """Parsed, it needs 25 times its bytes."""
+    path = tmp_path / "a.json"
+    path.touch()
+    os.truncate(path, 64 * 2**20 + 1)
+    with pytest.raises(UserError, match="more than 67,108,864; make it small"):
+        read_json(path)

@@ -128,10 +128,17 @@ def test_a_wrong_file_is_named(tmp_path, text, words):
     [
         (b"a: 1\n\tb: 2\n", "not valid YAML"),
         (b"a: \x00\n", "not valid YAML"),
-        (b"a: \xff\n", "not valid YAML"),
+        (b"a: \xff\n", "isn't text in UTF-8; save it as UTF-8"),
+        ("# caf\xe9".encode("latin-1"), "isn't text in UTF-8; save it"),
+        ("a: 1".encode("utf-16"), "isn't text in UTF-8; save it"),
+        (b"a: !ref <a>\n", "refers to itself"),
+        (b"a: !ref <b>\nb: !ref <a>\n", "refers to itself"),
+        (b"a: !include:a.yaml\n", "refers to itself"),
+        (b"a: &z {b: 1}\n<<: *z\n", "isn't a name; write each key out"),
+        (b"1: 2\n", "key '1' isn't a name|key 1 isn't a name"),
+        (b"True: 2\n", "isn't a name; write each key out"),
         (b"# " + b"x" * 2**18, "bytes, more than 262,144"),
         (b"a: " + b"[" * 3000, "recursion"),
-        (b"a: !ref <b>\nb: !ref <a>\n", "a !ref: could not"),
         (b"a: !include:none.yaml\n", r"none\.yaml: .* can't be read"),
         (b"a: !new:torch.nn.Linear [1, x]\n", r"a !new:torch\.nn\.Linear: "),
     ],
@@ -399,11 +406,12 @@ def test_each_key_of_the_table_takes_its_extremes(tables, key, monkeypatch):
     having = [s for s in tables.values() if key in s.values]
     settings = having[0] if having else tables[CONFORMER]
     monkeypatch.setattr(settings, "build", dict.fromkeys)
+    monkeypatch.setattr(settings, "_check_made", id)
     monkeypatch.setitem(settings.values, "fold", 0)
     for other in ("n_folds", "window_frames"):
-        monkeypatch.setitem(settings.values, other, 2**31 - 1)
+        monkeypatch.setitem(settings.values, other, KEYS[other].allowed.high)
     for value in right_values(KEYS[key].allowed):
-        if (key, value) != ("fold", 2**31 - 1):  # there is no such fold
+        if key != "fold" or value < KEYS["n_folds"].allowed.high:
             monkeypatch.setitem(settings.values, key, value)
             monkeypatch.setitem(settings.values, "window_hop", 1)
             settings.check()
@@ -618,3 +626,55 @@ def test_a_range_says_a_numbers_kind_not_the_files_own_value(tmp_path):
 def test_only_a_pack_lies_on_a_device():
     with pytest.raises(UserError, match="pack_on_device=True needs pack=True"):
         Settings(CONFORMER, {"pack": "False", "pack_on_device": "True"}).check()
+
+
+OBJECT_KEYS = (
+    *("mean_var_norm", "preprocess", "label_encoder", "modules", "opt_class"),
+    *("lr_schedule", "margin_schedule", "epoch_counter", "train_logger"),
+    *("checkpointer", "classifier", "embedding_model", "tensorboard_logger"),
+)
+
+
+@pytest.mark.parametrize("key", [*OBJECT_KEYS, "encoder", "__set_seed"])
+@pytest.mark.parametrize("value", ["1", "null", "{a: 1}"])
+def test_an_object_is_no_override(key, value):
+    words = f"--{key} can't be given here; change it in a copy of {CONFORMER}"
+    with pytest.raises(UserError, match=words):
+        Settings(CONFORMER, {key: value})
+
+
+def with_key(tmp_path, key, value):
+    """A copy of conformer.yaml in which a key holds something else."""
+    text, n = re.subn(
+        rf"^{key}:.*\n(?: .*\n)*",
+        f"{key}: {value}\n",
+        CONFORMER.read_text(),
+        flags=re.M,
+    )
+    assert n == 1
+    path = tmp_path / "changed.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("key", OBJECT_KEYS)
+@pytest.mark.parametrize("value", ["1", "null", "x"])
+def test_an_object_must_be_one(tmp_path, key, value):
+    path = with_key(tmp_path, key, value)
+    assert f"{path}: {key} must be an object" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("preprocess", "!new:fractions.Fraction [1]", "a torch module"),
+        ("mean_var_norm", "!name:torch.nn.ReLU", "a torch module"),
+        ("modules", "{a: 1}", "a mapping with the keys preprocess, "),
+        ("lr_schedule", "!new:fractions.Fraction [1]", "callable"),
+        ("margin_schedule", "!new:fractions.Fraction [1]", "callable"),
+        ("opt_class", "!new:fractions.Fraction [1]", "callable"),
+    ],
+)
+def test_an_object_must_be_of_its_kind(tmp_path, key, value, words):
+    path = with_key(tmp_path, key, value)
+    assert f"{path}: {key} must be {words}" in refused(path)

@@ -12,7 +12,7 @@ import torch
 from spkid.errors import UserError
 from spkid.hparams import Settings
 from spkid.keys import TRAINED
-from spkid.trust import check_size
+from spkid.trust import Bounded, check_size, load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "hparams").glob("*.yaml"))
@@ -48,6 +48,7 @@ ATTACKS = {
     "method": ("!name:torch.nn.Module.load_state_dict", NEEDS_TRUST),
     "parallel": ("!new:torch.nn.DataParallel []", NOT_A_MODULE),
     "copies": ("!new:torch.nn.TransformerEncoder [1, 1000000000]", NEEDS_TRUST),
+    "lazy": ("!new:torch.nn.LazyLinear [4]", NEEDS_TRUST),
     "download": (
         "!new:speechbrain.lobes.models.huggingface_transformers.wav2vec2."
         "Wav2Vec2 [canary, {ran}]",
@@ -174,10 +175,19 @@ def test_arguments_are_those_of_hyperpyyaml(tmp_path):
             + "key: !new:torch.nn.Sequential [*a8]",
             "more than 10,000 values",
         ),
+        ("key: !new:torch.nn.Linear ([&a [1], *a], 2)", "read|aliases"),
+        ("key: !new:torch.nn.ReLU\n  inplace: ([&a [1], *a])", "aliases"),
+        (
+            f"a: &a {'x' * 20000}\nkey: [{', '.join(['*a'] * 99)}]",
+            "more than 10,000 values",
+        ),
         ("key: " + "[" * 3000, "recursion"),
         ("# " + "x" * 2**18, "bytes, more than"),
     ],
-    ids=["many", "wrong", "itself", "aliases", "merges", "deep", "giant"],
+    ids=[
+        *("many", "wrong", "itself", "aliases", "merges", "scalar", "tuple"),
+        *("texts", "deep", "giant"),
+    ],
 )
 def test_a_bomb_is_one_sentence(tmp_path, text, words):
     with pytest.raises(UserError, match=words) as caught:
@@ -194,6 +204,11 @@ def test_a_bomb_is_one_sentence(tmp_path, text, words):
         "!new:torch.nn.LSTM [8, 8, 1000000000]",
         "!new:torch.nn.Sequential [!new:torch.nn.Embedding [100000, 10000]]",
         "!new:spkid.models.TransformerEncoder [40, 24, 1000000000, 4, 32]",
+        # What isn't registered.
+        "!new:speechbrain.nnet.CNN.SincConv [2, 1000000001, null, 1]",
+        "!new:speechbrain.nnet.CNN.GaborConv1d\n  out_channels: 4\n"
+        "  kernel_size: 5\n  stride: 1\n  in_channels: 1\n"
+        "  n_fft: 2000000000",
     ],
 )
 def test_a_giant_model_takes_no_memory(tmp_path, text):
@@ -230,3 +245,59 @@ def test_a_check_of_size_leaves_the_random_state(tmp_path):
     before = torch.get_rng_state()
     check_size(lambda: settings.build_modules(TRAINED), weights, settings.path)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_weights_without_memory_are_refused(tmp_path):
+    """They claim any size, and so would leave room for any model."""
+    weights = {"weight": torch.zeros(100_000, 100_000, device="meta")}
+    torch.save(weights, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="doesn't hold tensors by names"):
+        load_weights(tmp_path / "a.ckpt")
+
+
+FORESEEN = {
+    "zeros": lambda x: torch.zeros(10**12),
+    "arange": lambda x: torch.arange(10**12),
+    "pad": torch.nn.ZeroPad1d(10**12),
+    "broadcast": lambda x: x + torch.zeros(1).expand(10**12, 1, 4, 9),
+    "copy of a view": lambda x: x.expand(10**12, 4, 9).clone(),
+    "cat": lambda x: torch.cat([x.expand(10**12, 4, 9)] * 2),
+    "convolution": torch.nn.Conv1d(4, 4, 1, padding=10**12),
+    "transposed": torch.nn.ConvTranspose1d(4, 4, 1, stride=10**12),
+    "product": lambda x: (
+        x[0, :, :1].expand(4, 1) @ x[0, :1, :1].expand(1, 10**12)
+    ),
+    "batch": lambda x: x.expand(10**12, 4, 9) @ x.expand(10**12, 4, 9).mT,
+    "upsample": torch.nn.Upsample(10**12),
+    "pool": torch.nn.AdaptiveAvgPool1d(10**12),
+    "norm": torch.nn.LocalResponseNorm(10**12),
+}
+
+
+@pytest.mark.parametrize("name", FORESEEN)
+def test_what_takes_memory_is_foreseen(name):
+    refusal = UserError("too large")
+    x = torch.ones(1, 4, 9)
+    with (
+        torch.no_grad(),
+        pytest.raises(UserError, match="too large"),
+        Bounded(2**20, refusal),
+    ):
+        FORESEEN[name](x)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_is_foreseen_is_what_is_made(path):
+    """A run's own systems stay far below the limit."""
+    modules = Settings(path).build_modules(TRAINED)
+    x = torch.zeros(1, 100, 40)
+
+    def run():
+        model = modules["embedding_model"].eval()
+        return model(modules["mean_var_norm"](x, None, None), None)
+
+    with torch.no_grad():
+        expected = run()
+        with Bounded(2**28, UserError("too large")) as bound:
+            assert torch.equal(run(), expected)
+    assert bound.left < 2**28 - expected.numel() * 4

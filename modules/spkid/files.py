@@ -16,7 +16,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 from spkid.errors import DataError, Problem, UserError, cure_of
 
 MISSING = "the file is missing"
-MAX_JSON = 256 * 2**20  # bytes: two million utterances; parsed, ten times that
+MAX_JSON = 64 * 2**20  # bytes; parsed, up to 25 times that
+MOST_REPEATED = 1000  # keys that are listed
 # What JSON calls its values.
 KINDS = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
 KINDS |= {float: "a decimal number", bool: "a boolean", type(None): "null"}
@@ -32,12 +33,13 @@ def save_atomically(content: str | bytes, path: str | Path) -> None:
     content : str or bytes
         What it holds; text is written in UTF-8.
     path : str or pathlib.Path
-        Where; an older file stays until the new one is on the disk.
+        Where; an older file stays until the new one is on the disk. A link
+        stays, and the file that it leads to is replaced.
 
     Raises
     ------
     UserError
-        If it cannot be written.
+        If it cannot be written, as where a pipe or a device is.
 
     Example
     -------
@@ -46,18 +48,20 @@ def save_atomically(content: str | bytes, path: str | Path) -> None:
     >>> path.read_text()
     'hello'
     """
-    path = Path(path)
+    real = Path(os.path.realpath(path))
     # Two runs may write a file that they share at the same time.
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = real.with_name(f"{real.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        real.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             file.write(
                 content.encode() if isinstance(content, str) else content
             )
             file.flush()
             flush(file.fileno())
-        os.replace(part, path)
+        os.replace(part, real)
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -154,6 +158,12 @@ def read_json(path: str | Path, inside: bool = False) -> dict:
                 entry = f"key {ascii(key)[:60]}"
                 what = path.name, entry, "appears twice", "keep one"
                 repeated.append(Problem(*what))
+                if len(repeated) > MOST_REPEATED:
+                    raise bad(
+                        f"has more than {MOST_REPEATED:,} keys that appear "
+                        f"twice, as {ascii(key)[:60]}",
+                        "keep one of each",
+                    )
         return dict(pairs)
 
     try:

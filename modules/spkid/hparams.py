@@ -28,6 +28,7 @@ from spkid.keys import (
     TRAINED,
     Range,
 )
+from spkid.run_options import MODULES
 from spkid.trust import (
     MAX_VALUES,
     PLAIN_TAGS,
@@ -41,6 +42,12 @@ from spkid.trust import (
 MAX_BYTES = 2**18  # of a YAML file; ours have 7 KB
 OUTDATED = (
     "the folder was written by an older version or another program: train again"
+)
+CALLED = ("opt_class", "lr_schedule", "margin_schedule")
+OBJECTS = (
+    *(key for key, (allowed, _) in KEYS.items() if allowed == OBJECT),
+    *(*TRAINED, *CALLED, "preprocess", "label_encoder", "modules"),
+    "epoch_counter",
 )
 LESS = "\ue000"  # stands for "<" in a text that holds no reference
 
@@ -79,15 +86,33 @@ class Settings:
         self.path = Path(path)
         try:
             text = _read_text(path)
-            known = _values(text)
+            known, nodes = _values(text), _nodes(text)
+            for key in overrides or {}:
+                if key in nodes and _makes_object(nodes[key]):
+                    raise UserError(
+                        f"--{key} can't be given here; change it in a copy of "
+                        f"{path}."
+                    )
             self.overrides = {
                 key: self._read(key, value, known)
                 for key, value in (overrides or {}).items()
             }
             file = io.StringIO(text)
             file.name = str(path)  # for !include
-            resolved = resolve_references(file, _hide(self.overrides))
+            try:
+                resolved = resolve_references(file, _hide(self.overrides))
+            except RecursionError:
+                raise UserError(
+                    f"{path}: refers to itself by !include or !ref; give a "
+                    "value there."
+                ) from None
             self._set_text(resolved.getvalue().replace(LESS, "<"))
+            for key, node in self._nodes.items():
+                if node.tag == "!ref":  # HyperPyYAML leaves it as it is
+                    raise UserError(
+                        f"{path}: {key} refers to itself, maybe through "
+                        "others; give it a value."
+                    )
         except OSError as error:
             raise UserError(
                 f"{error.filename or path}: the hyperparameter file can't be "
@@ -108,6 +133,8 @@ class Settings:
         settings.overrides = {}
         try:
             settings._set_text(_read_text(settings.path))
+        except UserError:
+            raise
         except Exception as error:  # ruamel.yaml has many for a bad file
             raise UserError(
                 f"{settings.path}: can't be read ({one_line(error)}); name the "
@@ -129,6 +156,13 @@ class Settings:
     def _set_text(self, text: str) -> None:
         self.text, self.values = text, _values(text)
         self._nodes = _nodes(text)
+        # YAML reads "<<" as what it merges, and 1 as no text.
+        for key in self._nodes.keys() ^ self.values.keys():
+            raise UserError(
+                f"{self.path}: key {key!r} isn't a name; write each key out at "
+                "the top level, in quotes if it looks like a number, True or "
+                "null."
+            )
 
     def _read(self, key: str, value: Any, known: dict[str, Any]) -> Any:
         """An override as the value that the YAML file would have."""
@@ -186,16 +220,45 @@ class Settings:
                 raise UserError(f"--{key} is set by the data; remove it.")
         self._check_each()
         self._check_together(n_processes)
+        self._check_objects()
         for key in TRAINED:
             if key in self._nodes:  # what can't be loaded isn't trained
                 check_nodes(self._nodes[key], f"{self.path}: {key}", trust=True)
         with torch.random.fork_rng(devices=[]):
-            self.build(
-                key
-                for key in self._nodes
-                if not key.startswith("__")
-                and not (key in KEYS and KEYS[key].allowed == OBJECT)
+            self._check_made(
+                self.build(
+                    key
+                    for key in self._nodes
+                    if not key.startswith("__")
+                    and not (key in KEYS and KEYS[key].allowed == OBJECT)
+                )
             )
+
+    def _check_objects(self) -> None:
+        """That objects are where train.py needs them."""
+        for key in OBJECTS:
+            node = self._nodes.get(key)
+            if node and not _makes_object(node):
+                raise UserError(
+                    f"{self.path}: {key} must be an object, as in "
+                    "hparams/conformer.yaml."
+                )
+
+    def _check_made(self, made: dict[str, Any]) -> None:
+        """The objects' kinds."""
+        for key, what in made.items():
+            if key in MODULES or key in TRAINED:
+                fits, kind = isinstance(what, torch.nn.Module), "a torch module"
+            elif key == "modules":
+                fits = isinstance(what, dict) and {*MODULES} <= what.keys()
+                kind = f"a mapping with the keys {', '.join(MODULES)}"
+            else:
+                fits, kind = key not in CALLED or callable(what), "callable"
+            if not fits:
+                raise UserError(
+                    f"{self.path}: {key} must be {kind}, as in "
+                    "hparams/conformer.yaml."
+                )
 
     def need(self, keys: Iterable[str], cure: str) -> None:
         """Raises UserError if the file lacks a key."""
@@ -356,7 +419,12 @@ _Reader.add_multi_constructor("!", lambda *_: None)
 
 def _read_text(path: str | Path) -> str:
     """A YAML file's text."""
-    return read_bounded(path, MAX_BYTES).decode("utf-8-sig")
+    try:
+        return read_bounded(path, MAX_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{path}: isn't text in UTF-8; save it as UTF-8."
+        ) from None
 
 
 def _values(text: str) -> dict[str, Any]:
@@ -377,6 +445,12 @@ def _nodes(text: str) -> dict[str, Node]:
     """Keys of a YAML text and what they hold, with tags and references."""
     root = ruamel.yaml.YAML(typ="safe", pure=True).compose(text)
     return {key.value: node for key, node in root.value} if root else {}
+
+
+def _makes_object(node: Node) -> bool:
+    """Whether a node holds more than a plain value, a list or a reference."""
+    tags = ("!new:", "!name:", "!apply:", "!applyref:", "!module:", "!copy")
+    return isinstance(node, MappingNode) or str(node.tag).startswith(tags)
 
 
 def _serialize(nodes: dict[str, Node]) -> str:

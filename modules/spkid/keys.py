@@ -71,7 +71,7 @@ KEYS = {
     "sessions": Key(SOURCES),
     "valid_fraction": Key(Range(0.0, 1.0, open=True)),
     "known_fraction": Key(SHARE),
-    "n_folds": Key(Range(2, HUGE)),
+    "n_folds": Key(Range(2, 1000)),
     "fold": Key(Range(0, HUGE)),
     "final_fit": Key(FLAG, FREE),
     "number_of_epochs": Key(COUNT),

@@ -16,7 +16,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import chain
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,27 +24,37 @@ import ruamel.yaml
 import torch
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from torch.nn.modules import module as hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spkid.errors import UserError
 from spkid.files import open_regular
 
 # What a run's folder may name. torch.nn.Transformer and its parts are copied
-# as often as an argument says, whatever memory there is.
+# as often as an argument says, whatever memory there is; lazy modules have no
+# size before they run.
 CLASSES = re.compile(
     r"(spkid\.(models|features)(\.[a-z]+)?"
-    r"|torch\.nn(\.modules\.[a-z]+)?(?!\.Transformer)"
+    r"|torch\.nn(\.modules\.[a-z]+)?(?!\.(Transformer|Lazy))"
     r"|speechbrain\.nnet\.(CNN|RNN|activations|attention|containers|dropout"
     r"|embedding|linear|normalization|pooling)"
     r"|speechbrain\.lobes\.models\.(ECAPA_TDNN|ResNet|Xvector))"
     r"\.[A-Za-z]\w*",
     re.ASCII,
 )
+# Functions of PyTorch that make no more than they are given.
+NEVER_LARGER = {
+    *("cat", "stack", "mean", "sum", "linalg_vector_norm", "glu", "_softmax"),
+    *("_log_softmax", "native_layer_norm", "native_batch_norm"),
+    "_scaled_dot_product_flash_attention_for_cpu",
+}
 PLAIN_TAGS = {
     f"tag:yaml.org,2002:{kind}"
     for kind in ("str", "int", "float", "bool", "null", "map", "seq")
 } | {"!tuple"}
 MAX_VALUES = 10_000  # of a YAML file, where each alias counts as its content
-SPARE = 2**26  # bytes that modules may hold beside their weights
+SPARE = 2**26  # bytes that modules may make beside their weights
+MAX_TRIAL = 2**29  # bytes of all that a model makes of a second of silence
 MAX_WEIGHTS = 2**32  # bytes: a billion float32
 
 
@@ -143,6 +153,7 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
         isinstance(name, str)
         and isinstance(value, torch.Tensor)
         and value.layout == torch.strided
+        and value.device.type == "cpu"  # others claim any size
         for name, value in weights.items()
     ):
         raise ValueError("it doesn't hold tensors by names")
@@ -150,8 +161,8 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def count_values(node: Node) -> float:
-    """Values within a YAML node, each alias as its content; infinity for a
-    node that holds itself.
+    """Values within a YAML node, each alias as its content and long texts as
+    several; infinity for a node that holds itself.
 
     Example
     -------
@@ -163,7 +174,9 @@ def count_values(node: Node) -> float:
     def count(one: Node) -> float:
         if id(one) not in counts:
             counts[id(one)] = math.inf  # until it is known
-            counts[id(one)] = 1 + sum(map(count, _children(one)))
+            length = len(one.value) if isinstance(one, ScalarNode) else 0
+            inside = sum(map(count, _children(one)))
+            counts[id(one)] = 1 + length // 100 + inside
         return counts[id(one)]
 
     return count(node)
@@ -235,6 +248,8 @@ def build_modules(
         elif isinstance(node, SequenceNode):
             content = [make(value, blamed) for value in node.value]
         elif _is_tuple(node):
+            if "*" in node.value:  # count_values doesn't look into it
+                raise ValueError("a tuple can't hold aliases")
             content = tuple(plain.load(f"[{node.value[1:-1]}]"))
         elif node.tag in PLAIN_TAGS:
             content = plain.constructor.construct_object(node)
@@ -271,8 +286,92 @@ def build_modules(
     return built
 
 
+class Bounded(TorchDispatchMode):
+    """Foresees the size of each tensor that PyTorch makes, and refuses to make
+    more than some bytes in all.
+
+    Arguments
+    ---------
+    most : int
+        The bytes. What is freed counts, too.
+    refusal : Exception
+        Is raised before they are exceeded.
+
+    Example
+    -------
+    >>> with Bounded(1000, ValueError("too large")):
+    ...     torch.zeros(2, 10**12)
+    Traceback (most recent call last):
+    ...
+    ValueError: too large
+    """
+
+    def __init__(self, most: int, refusal: Exception) -> None:
+        super().__init__()
+        self.left, self.refusal = most, refusal
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # which would import it, for a second
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not any(value.alias_info for value in func._schema.returns):
+            self.left -= _foresee(func, args, kwargs)
+            if self.left < 0:
+                raise self.refusal
+        return func(*args, **kwargs)
+
+
+def _tensors(values: object) -> list[torch.Tensor]:
+    """Those among nested values."""
+    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+
+
+def _foresee(func: Any, args: tuple, kwargs: dict) -> int:
+    """Bytes that a function of PyTorch would make, or somewhat more.
+
+    The device "meta" says it of each, but for the commonest it imports the
+    compiler first, which takes a second.
+    """
+    given, name = _tensors((args, kwargs)), str(func)
+    values = 0
+    if torch.Tag.pointwise in func.tags:
+        axes = zip_longest(*(x.shape[::-1] for x in given), fillvalue=1)
+        values = math.prod(map(max, axes))
+    elif name.split(".")[1] in NEVER_LARGER:
+        values = sum(x.numel() for x in given)
+    elif name.split(".")[1] in ("mm", "bmm", "addmm"):
+        left, right = args[-2:]
+        values = math.prod(left.shape[:-1]) * right.shape[-1]
+    elif name == "aten.arange.default":
+        values = math.ceil(args[0])
+    elif name == "aten.convolution.default" and not args[6]:
+        x, weight, _, hops, pads = args[:5]
+        if len(hops) == len(pads) == x.ndim - 2:
+            values = len(x) * len(weight)
+            for n, pad, hop in zip(x.shape[2:], pads, hops, strict=True):
+                values *= (n + 2 * pad) // hop + 1
+    if values:
+        return values * max((x.element_size() for x in given), default=8)
+
+    def without_memory(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(
+            x.shape, x.stride(), dtype=x.dtype, device="meta"
+        )
+
+    if "device" in kwargs:
+        kwargs = kwargs | {"device": "meta"}
+    args, kwargs = tree_map_only(torch.Tensor, without_memory, (args, kwargs))
+    try:
+        made = _tensors(func(*args, **kwargs))
+    except Exception:  # it depends on values, as nonzero, or fails anyway
+        return 0
+    return sum(x.numel() * x.element_size() for x in made)
+
+
 def check_size(
-    build: Callable[[], Mapping[str, torch.nn.Module]],
+    build: Callable[[], object],
     weights: Mapping[str, Mapping[str, torch.Tensor]],
     path: Path,
 ) -> None:
@@ -300,8 +399,8 @@ def check_size(
     ...            {"a": layer.state_dict()}, Path("a.yaml"))
     """
     tensors = [value for one in weights.values() for value in one.values()]
-    storages = {t.untyped_storage().data_ptr(): t for t in tensors}
-    room = sum(t.untyped_storage().nbytes() for t in storages.values()) + SPARE
+    storages = [t.untyped_storage() for t in tensors]
+    sizes = {one.data_ptr(): one.nbytes() for one in storages}
     most, registered = 10 * len(tensors) + 1000, 0
     refusal = UserError(
         f"{path}: describes a larger model than the run's weights are of; "
@@ -319,19 +418,13 @@ def check_size(
         hooks.register_module_buffer_registration_hook(count),
         hooks.register_module_module_registration_hook(count),
     ]
-    try:
-        with torch.device("meta"):
-            modules = build().values()
+    try:  # weights may be made of others, as orthogonal ones are
+        room = 4 * sum(sizes.values()) + SPARE
+        with torch.device("meta"), Bounded(room, refusal):
+            build()
     finally:
         for handle in handles:
             handle.remove()
-    needed = sum(
-        tensor.numel() * tensor.element_size()
-        for module in modules
-        for tensor in chain(module.parameters(), module.buffers())
-    )
-    if needed > room:
-        raise refusal
 
 
 def _children(node: Node) -> list[Node]:

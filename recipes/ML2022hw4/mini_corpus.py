@@ -13,7 +13,9 @@ give the same bytes.
 
 import signal
 
-if __name__ in ("__main__", "__mp_main__"):  # Ctrl-C in the imports is quiet
+if __name__ in ("__main__", "__mp_main__") and (
+    signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+):  # Ctrl-C in the imports is quiet
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -40,7 +42,11 @@ from tqdm import tqdm
 
 from spkid.errors import UserError, run_command
 from spkid.features import SAMPLE_RATE, LogMel, waveform_to_features
+from spkid.keys import KEYS, Range
 
+SEED = KEYS["seed"].allowed
+N_SPEAKERS = Range(1, 9990)  # names have four digits
+UP_TO_1000 = Range(1, 1000)
 ACCENTS = """\
 en-us en-us-nyc en-029 en-gb-x-rp en-gb-x-gbclan en-gb-x-gbcwmd en-gb-scotland
 """
@@ -343,7 +349,8 @@ def build(
     Raises
     ------
     UserError
-        If espeak-ng is missing, or the folder can't be written or has files.
+        If espeak-ng is missing, if a number is out of its range, or if the
+        folder can't be written or has files.
 
     Example
     -------
@@ -353,18 +360,24 @@ def build(
     ...     len(list(folder.glob("uttr-*.pt")))  # 1 train + 2 test, twice
     6
     """
+    SEED.check(seed, "seed")
+    N_SPEAKERS.check(n_speakers, "n_speakers")
+    UP_TO_1000.check(n_sessions, "n_sessions")
+    UP_TO_1000.check(n_sentences, "n_sentences")
     folder = Path(folder)
-    if (folder / "metadata.json").is_file():
+    if os.path.isfile(folder / "metadata.json"):
         return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"{folder}: is neither a mini corpus nor an empty folder; name a "
-            "new folder."
-        )
     Espeak()  # report a missing library before any work
     target = Path(os.path.realpath(folder))  # a link stays
     part = target.with_name(f"{target.name}.part-{uuid4().hex}")
     try:
+        if os.path.exists(folder) and (
+            not os.path.isdir(folder) or os.listdir(folder)
+        ):
+            raise UserError(
+                f"{folder}: is neither a mini corpus nor an empty folder; name "
+                "a new folder."
+            )
         part.mkdir(parents=True)
         _record(part, seed, n_speakers, n_sessions, n_sentences, progress)
         if target.exists():
@@ -372,7 +385,7 @@ def build(
         part.rename(target)
     except (OSError, BrokenProcessPool) as error:
         # Another process may have built it first.
-        if not (target / "metadata.json").is_file():
+        if not os.path.isfile(target / "metadata.json"):
             why = getattr(error, "strerror", None) or "a process was killed"
             raise UserError(
                 f"{folder}: the mini corpus can't be built there ({why}); run "

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import signal
 
-if __name__ in ("__main__", "__mp_main__"):  # Ctrl-C in the imports is quiet
+if __name__ in ("__main__", "__mp_main__") and (
+    signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+):  # Ctrl-C in the imports is quiet
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -42,6 +44,7 @@ from spkid.data import (
 from spkid.data.corpus import SPEAKERS, without_utterance
 from spkid.errors import DataError, Problem, raise_for, run_command, table
 from spkid.files import KINDS, read_json
+from spkid.keys import SHARE
 
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "data"
 NEEDED = (
@@ -50,6 +53,7 @@ NEEDED = (
 )
 MAX_FRAMES, MAX_MELS = 10_000_000, 10_000  # 28 hours; beyond any front end
 MAX_NAME = 1_000
+MOST_PROBLEMS = 1_000  # in the JSON files, before reading them ends
 # Line breaks, NUL and half characters would break the text files of a run.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 AGAIN = "make or download it again"
@@ -69,12 +73,18 @@ class _Reader:
         self.folder, self.n_mels = folder, 0
         self.need_all = need_all  # whether each speaker must have utterances
         self.speakers: tuple[str, ...] = ()  # by class index
+        self.names: frozenset[str] = frozenset()  # the same
         self.problems: list[Problem] = []
         self.bad: list[Problem] = []
         self.seen: dict[str, tuple[str, str]] = {}
 
     def wrong(self, file: str, entry: str, what: str, cure: str) -> None:
         self.problems.append(Problem(file, entry, what, cure))
+        if len(self.problems) >= MOST_PROBLEMS:
+            raise DataError(
+                f"{self.folder}: {MOST_PROBLEMS:,} problems or more; the first "
+                f"are:\n{table(self.problems[:20])}"
+            )
 
     def json(self, file: str) -> dict | None:
         """An object whose keys are unique; None if there is none."""
@@ -144,10 +154,11 @@ class _Reader:
                 what = f"is {_short(theirs)}, not {_short(inverse.get(key))}"
                 self.wrong(file, f"'id2speaker' of {_short(key)}", what, cure)
         self.speakers = tuple(by_index[index] for index in range(len(by_index)))
+        self.names = frozenset(self.speakers)
 
     def known(self, speaker: str, file: str) -> None:
         """Says if mapping.json lacks a speaker."""
-        if self.speakers and speaker not in self.speakers:
+        if self.names and speaker not in self.names:
             entry, what = f"speaker {_short(speaker)}", "isn't in mapping.json"
             self.wrong(file, entry, what, "add it there, or remove it here")
 
@@ -187,6 +198,9 @@ class _Reader:
             parts = PurePosixPath(path.replace("\\", "/")).parts
             if not parts or ".." in parts or re.search("[/:]", parts[0]):
                 what, cure = "leaves the data folder", "give a path inside it"
+                if parts and re.search("[^:]:.|..:", parts[0]):  # not "C:"
+                    what = "has a colon in its first part, as a drive has"
+                    cure += ", or rename the file and its entry"
                 self.wrong(file, f"{where}the path", what, cure)
             elif not 0 < length < MAX_FRAMES:
                 what, cure = f"is {_short(length)}", "give the number of frames"
@@ -345,6 +359,7 @@ def prepare(
     on_bad_file, max_bad_share, speakers
         As for :func:`spkid.data.leave_out`.
     """
+    SHARE.check(max_bad_share, "max_bad_share")
     policy = on_bad_file, max_bad_share, speakers
     corpus, bad = read_corpus(data_folder, test_only, on_bad_file, speakers)
     corpus = leave_out(corpus, bad, *policy)

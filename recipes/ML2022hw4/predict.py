@@ -34,6 +34,7 @@ from speechbrain.core import RunOptions
 
 from ml2022hw4_prepare import data_options, prepare
 from spkid.data import Corpus, manifest, only_speakers
+from spkid.data.pack import INDEX
 from spkid.errors import UserError, run_command
 from spkid.evaluation import Evaluation, expect, load_validation
 from spkid.files import save_atomically
@@ -84,6 +85,11 @@ def default_name(corpus: Corpus, other: bool) -> str:
     return f"submission-{name}.csv" if other else "submission.csv"
 
 
+def holds_packs(folder: str | None) -> bool:
+    """Whether packs are kept in a folder already."""
+    return any(Path(folder).glob(f"*/{INDEX}")) if folder else False
+
+
 def main(arguments: list[str]) -> None:
     """Scores the test utterances and writes the CSV."""
     parser = argparse.ArgumentParser(
@@ -97,6 +103,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--trust", action="store_true")
     args = parser.parse_args(arguments)
+    if not args.device:
+        raise UserError("--device has no value; give one, as cpu.")
+    if args.submission and args.submission.is_dir():  # as "" is
+        raise UserError(
+            f"--submission {args.submission}: is a folder; name a file in it."
+        )
     check_run_options(RunOptions(device=args.device))
     identifier = SpeakerIdentifier.from_run(
         args.output_folder, args.device, args.trust
@@ -116,6 +128,8 @@ def main(arguments: list[str]) -> None:
     if validated and validated.speakers != identifier.speakers:
         validated = None  # of another run
     options = {key: vars(args).get(key, run[key]) for key in keys}
+    if "pack_folder" not in args and not holds_packs(run["pack_folder"]):
+        options["pack_folder"] = None  # a stranger may have named any place
     if other and "pack" not in args:
         options["pack"] = False  # what is read once needs no pack
     corpus, features = prepare(

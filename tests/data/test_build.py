@@ -338,18 +338,30 @@ def test_only_what_dead_builds_left_is_swept(files, tmp_path, monkeypatch):
     pack, _ = features_of(files, tmp_path)
     name = pack.file.parent.name
     shutil.rmtree(pack.file.parent)
-    parts = [f"{name}.part-1", "dead-x-y.part-2", "alive-x-y.part-3"]
+    dead, alive = "dead-01234567-89abcdef", "alive-01234567-89abcdef"
+    parts = [f"{n}.part-{i:08x}" for i, n in enumerate((name, dead, alive))]
+    theirs = ["exp.part-1", f"{dead}.part-1", "thesis.part-01234567"]
+    for part in theirs:
+        (tmp_path / part).mkdir()
+        (tmp_path / part / build.FRAMES).touch()
+    (tmp_path / "thesis.lock").touch()
     for number, part in enumerate(parts):
         file = tmp_path / part / build.FRAMES
         file.parent.mkdir()
         file.write_bytes(b"x")
         os.utime(file, (4e9, 4e9) if number else (0, 0))
     (tmp_path / parts[1] / "notes.txt").write_text("mine")
-    with FileLock(tmp_path / "alive-x-y.lock"):
+    (tmp_path / parts[1] / "sources-mine.txt").touch()
+    (tmp_path / parts[1] / "sources-01234567.npy").touch()
+    (tmp_path / parts[1] / "sources-01234567.npy.9.part").touch()
+    with FileLock(tmp_path / f"{alive}.lock"):
         features_of(files, tmp_path)
-    left = {p.name for p in tmp_path.iterdir()} - {"data", "alive-x-y.lock"}
-    assert left == {name, parts[1], parts[2]}
-    assert os.listdir(tmp_path / parts[1]) == ["notes.txt"]
+    left = {p.name for p in tmp_path.iterdir()} - {"data", f"{alive}.lock"}
+    assert left == {name, *parts[1:], *theirs, "thesis.lock"}
+    for part in theirs:
+        assert os.listdir(tmp_path / part) == [build.FRAMES]
+    left = {*os.listdir(tmp_path / parts[1])}
+    assert left == {"notes.txt", "sources-mine.txt"}
     assert os.listdir(tmp_path / parts[2]) == [build.FRAMES]
 
 
@@ -359,11 +371,12 @@ def test_where_nothing_can_be_locked_a_build_sweeps_nothing(
     def refuse(*args, **options):
         raise NotImplementedError
 
-    (tmp_path / "packs" / "x-y-z.part-1").mkdir(parents=True)
+    part = tmp_path / "packs" / "x-01234567-89abcdef.part-01234567"
+    part.mkdir(parents=True)
     monkeypatch.setattr(places.FileLock, "acquire", refuse)
     pack, _ = features_of(files, tmp_path / "packs")
     assert_whole(pack)
-    assert (tmp_path / "packs" / "x-y-z.part-1").exists()
+    assert part.exists()
 
 
 def test_a_users_files_in_a_packs_folder_stay(files, tmp_path):
@@ -660,3 +673,127 @@ def test_advice_for_large_values_works(files, tmp_path):
     for _ in range(2):
         pack, problems = features_of(files, tmp_path, dtype="float32")
         assert not problems and len(pack.paths) == 7
+
+
+def test_a_file_may_be_of_any_year(files, tmp_path):
+    """Beyond what an int64 counts in nanoseconds, and before 1970."""
+    for name, year in (("0.pt", 2300), ("1.pt", 1960)):
+        seconds = (year - 1970) * 31_556_952
+        os.utime(files[0] / name, (seconds, seconds))
+    pack, _ = features_of(files, tmp_path)
+    assert features_of(files, tmp_path)[0].stamp == pack.stamp
+
+
+@pytest.mark.parametrize("bad", ["0.pt", "6.pt"])
+def test_no_space_is_taken_for_frames_that_no_file_has(
+    files, tmp_path, monkeypatch, bad
+):
+    reserved, reserve = [], build._reserve
+
+    def logged(file, size):
+        reserved.append(size)
+        assert size < 10**6
+        reserve(file, size)
+
+    monkeypatch.setattr(build, "_reserve", logged)
+    mels = {name: len(mel) for name, mel in files[1].items()}
+    utterances = tuple(
+        Utterance(name, 9_000_000 if name == bad else length)
+        for name, length in mels.items()
+    )
+    corpus = Corpus(files[0], 40, test=utterances)
+    for _ in range(2):  # the second time, the pack is there
+        pack, (problem,) = open_features(
+            corpus, tmp_path / "packs", progress=False
+        )
+        assert problem.file == bad and problem.cure == "make the two agree"
+        assert "in the JSON says 9000000" in problem.what
+    assert reserved == [(sum(mels.values()) - mels[bad]) * 40 * 2]
+    assert_whole(pack)
+    assert_close(pack, files, "3.pt")
+
+
+def test_a_file_rewritten_in_place_with_its_old_time_is_noticed(
+    files, tmp_path
+):
+    """Size, time of change and inode are the same; its inode's time isn't."""
+    pack, _ = features_of(files, tmp_path)
+    path = files[0] / "3.pt"
+    before = path.stat()
+    info = before.st_atime_ns, before.st_mtime_ns
+    part = files[1]["3.pt"] + 1
+    torch.save(part, path)
+    os.utime(path, ns=info)
+    after = path.stat()
+    for key in ("st_size", "st_mtime_ns", "st_ino"):
+        assert getattr(after, key) == getattr(before, key)
+    found, _ = features_of(files, tmp_path)
+    assert found.digest() != pack.digest()
+    assert np.abs(found.frames(3) - part.numpy()).max() < 8e-3
+
+
+def test_a_pack_that_is_moved_in_halves_is_none(files, tmp_path, monkeypatch):
+    """Killed between the moves: the index, which makes it a pack, is last."""
+    packs, replace = tmp_path / "packs", os.replace
+    pack, _ = features_of(files, packs)
+    target = pack.file.parent
+    (target / "notes.txt").touch()  # so the files are moved one by one
+    torch.save(files[1]["0.pt"] + 1, files[0] / "0.pt")
+    moves = []
+
+    def killed(source, to):
+        if os.path.dirname(to) == str(target):
+            moves.append(os.path.basename(to))
+            assert (target / build.INDEX).exists() is False
+            if len(moves) == 3:
+                raise KeyboardInterrupt
+        replace(source, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(places.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            features_of(files, packs)
+    assert moves[-1] == build.INDEX and build.FRAMES in moves[:2]
+    found, _ = features_of(files, packs)
+    assert_whole(found)
+    assert found.digest() != pack.digest()
+
+
+def a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def a_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def deflated(path):
+    with np.load(path) as index:
+        content = dict(index)
+    np.savez_compressed(path, **content)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes")
+@pytest.mark.parametrize("name", [build.INDEX, build.FRAMES, "sources"])
+@pytest.mark.parametrize("change", [a_pipe, deflated, a_folder])
+def test_what_is_no_file_of_a_pack_is_replaced(files, tmp_path, name, change):
+    """Or refused in a sentence whose advice works."""
+    pack, _ = features_of(files, tmp_path / "packs")
+    path = pack.file.with_name(name)
+    if name == "sources":
+        (path,) = pack.file.parent.glob("sources-*.npy")
+    if change is deflated and name != build.INDEX:
+        pytest.skip("is no archive")
+    change(path)
+    if change is a_folder and name != "sources":
+        with pytest.raises(UserError, match="folder by --pack_folder"):
+            features_of(files, tmp_path / "packs")
+        found, _ = features_of(files, tmp_path / "others")
+    else:
+        found, _ = features_of(files, tmp_path / "packs")
+    assert_whole(found)
+    assert found.digest() == pack.digest()
+    assert change is a_folder or path.is_file()
+    assert change is not deflated or found.stamp != pack.stamp  # rebuilt

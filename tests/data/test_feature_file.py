@@ -216,3 +216,13 @@ def test_files_and_a_pack_of_full_precision_give_the_same(files, tmp_path):
     for row in range(7):
         assert np.array_equal(direct.frames(row, 1, 3), pack.frames(row, 1, 3))
         assert torch.equal(direct.statistics(row), pack.statistics(row))
+
+
+@pytest.mark.parametrize("value", [1e13, -1e15, 3e38])
+def test_values_that_no_log_mel_has_are_refused(files, tmp_path, value):
+    """Their squares would be infinite; and no dtype is a cure."""
+    torch.save(torch.full((5, 40), value), files[0] / "0.pt")
+    for dtype in ("float16", "float32"):
+        (problem,) = features_of(files, tmp_path, dtype=dtype)[1]
+        assert problem.what == "has values beyond 1e+12, which no log-mel has"
+        assert problem.cure == "make or download it again"

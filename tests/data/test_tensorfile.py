@@ -4,6 +4,8 @@ import contextlib
 import io
 import pathlib
 import random
+import subprocess
+import sys
 import zipfile
 import zlib
 
@@ -396,3 +398,81 @@ def test_a_pickle_that_says_more_is_left_to_the_other_reader():
     ):
         assert before in content
         assert parse_matrix(content.replace(before, after)) is None
+
+
+# A tuple of two of itself, 60 times: 2 ** 60 numbers in 122 bytes.
+NESTED = b"K\x00" + b"2\x86" * 60
+KEY, VALUES = b"X\x01\x00\x00\x000", b"K\x04"
+
+
+def tensor_of(key=KEY, values=VALUES, size=b"K\x02K\x02\x86", meta=b"}"):
+    """The pickle of a matrix, parts of which are something else."""
+    return (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n("
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+        + (key + b"X\x03\x00\x00\x00cpu" + values + b"tQK\x00" + size)
+        + (b"K\x02K\x01\x86\x89}" + meta + b"tR.")
+    )
+
+
+ENDLESS = {
+    "a storage's key": tensor_of(key=NESTED),
+    "a storage's values": tensor_of(values=NESTED),
+    "a size": tensor_of(size=NESTED),
+    "metadata": tensor_of(meta=b"}" + NESTED + b"K\x01s"),
+    "pairs of metadata": tensor_of(meta=NESTED + b"K\x01\x86\x85"),
+    "a dict's key": b"\x80\x02}" + NESTED + b"Ns.",
+    "keys of a dict": b"\x80\x02}(" + NESTED + b"Nu.",
+    "a dict at once": b"\x80\x02(" + NESTED + b"Nd.",
+    "a set": b"\x80\x04\x8f(" + NESTED + b"\x90.",
+    "a frozen set": b"\x80\x04(" + NESTED + b"\x91.",
+    # Not a number, times one; 4 GB if it were.
+    "a step": tensor_of(size=HUGE + b"K\x02\x86").replace(
+        b"K\x02K\x01\x86\x89", b"K\x00\x85K\x01\x86\x89"
+    ),
+    "bytes": b"\x80\x05\x96" + (2**32).to_bytes(8, "little") + b".",
+}
+READER = """
+import sys
+from spkid.data.tensorfile import NotATensor, read_tensor
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_DATA, (2 * 2**30, 2 * 2**30))
+except ImportError:
+    pass
+for path in sys.argv[1:]:
+    try:
+        print(read_tensor(open(path, "rb").read()).shape)
+    except NotATensor as error:
+        print(error)
+"""
+
+
+def in_zip(pickled):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a/data.pkl", pickled)
+        archive.writestr("a/data/0", bytes(16))
+    return file.getvalue()
+
+
+def test_a_tensor_of_these_parts_is_read():
+    assert read_tensor(in_zip(tensor_of())).shape == (2, 2)
+
+
+def test_a_small_file_takes_neither_for_ever_nor_much_memory(tmp_path):
+    """Another process reads them: who hangs in a hash can't be stopped."""
+    paths = []
+    for name, pickled in ENDLESS.items():
+        paths.append(tmp_path / name)
+        paths[-1].write_bytes(in_zip(pickled))
+    done = subprocess.run(
+        [sys.executable, "-c", READER, *map(str, paths)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    lines = done.stdout.splitlines()
+    assert not done.returncode and len(lines) == len(paths), done.stderr
+    assert "MemoryError" not in done.stdout

@@ -506,3 +506,15 @@ def test_browser_would_complain(page, tmp_path, policy):
     copy.write_text(text if policy else POLICY.sub("", text), encoding="utf-8")
     complaints = " ".join(browse(copy, tmp_path, "--dump-dom")[1])
     assert ("missing.png" if policy else "mine") in complaints
+
+
+@pytest.mark.parametrize("key", ["system", "other"])
+def test_what_is_nested_deep_is_no_value(tmp_path, key):
+    """Just so deep that it can be read, but not shown within a page."""
+    folder = make_run(tmp_path)
+    path = folder / "results.json"
+    results = json.loads(path.read_text()) | {key: "@"}
+    for depth in range(900, 1000, 3):
+        nested = "[" * depth + "]" * depth
+        path.write_text(json.dumps(results).replace('"@"', nested))
+        assert write_report(folder).exists()

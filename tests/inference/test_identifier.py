@@ -411,6 +411,34 @@ def test_weights_of_another_kind_are_refused(tmp_path, weights, words):
     assert "\n" not in str(caught.value)
 
 
+TAKERS = {
+    "pad": "!new:torch.nn.ZeroPad1d [300000000]",
+    "pool": "!new:torch.nn.AdaptiveAvgPool1d [300000000]",
+    "norm": "!new:torch.nn.LocalResponseNorm [300000000]",
+    "chain": "!new:torch.nn.Sequential ["
+    + "!new:torch.nn.ZeroPad1d [50000], " * 300
+    + "!new:torch.nn.ReLU ]",
+}
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_a_model_that_takes_memory_is_not_run(tmp_path, taker):
+    output = make_run(tmp_path)[1]
+    path = output / "hyperparams.yaml"
+    text, n = re.subn(
+        r"^classifier: (&\w+ )?.*\n(?:\n? .*\n)*",
+        rf"classifier: \g<1>{TAKERS[taker]}\n",
+        path.read_text(),
+        flags=re.M,
+    )
+    assert n == 1
+    path.write_text(text)
+    torch.save({}, output / "model" / "classifier.ckpt")
+    words = "its model doesn't run .*gigabytes"
+    with pytest.raises(UserError, match=words):
+        SpeakerIdentifier.from_run(output)
+
+
 def test_compressed_weights_are_refused(tmp_path):
     """Three megabytes could hold three gigabytes."""
     output = make_run(tmp_path)[1]

@@ -198,3 +198,30 @@ def test_a_place_that_cannot_be_written_names_the_cure(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=rf"Not a directory\); .*{CURE[-18:]}"):
         mini_corpus.build(tmp_path / "file" / "mini")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("seed", value) for value in (-1, 2**32)),
+        *(("n_speakers", value) for value in (-1, 0, 9991)),
+        *(("n_sessions", value) for value in (0, 1001)),
+        *(("n_sentences", value) for value in (0, 1001)),
+    ],
+)
+def test_a_number_out_of_its_range_costs_no_work(tmp_path, key, value):
+    with pytest.raises(UserError, match=rf"^{key}={value} must lie in \["):
+        mini_corpus.build(tmp_path / "mini", **{key: value})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_read_names_the_cure(tmp_path, monkeypatch):
+    (tmp_path / "mini").mkdir()
+
+    def refuse(path, *args, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(mini_corpus, "_record", write_tables)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=CURE):
+        patch.setattr(os, "listdir", refuse)
+        mini_corpus.build(tmp_path / "mini")

@@ -1199,3 +1199,76 @@ def test_one_utterance_each_is_trained_on_as_advised(tmp_path, split):
     assert_one_sentence(done, "no speaker has two utterances", "--split none")
     done = run_train(data, output, "--split=none", "--number_of_epochs=1")
     assert done.returncode == 0, done.stderr
+
+
+# --- what is refused before it costs something -------------------------------
+
+
+def edited(data, name, change):
+    content = json.loads((data / name).read_text())
+    change(content)
+    (data / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("share", [float("nan"), -1, 5, float("inf"), "0.1"])
+def test_a_share_lies_between_0_and_1(data, share):
+    with pytest.raises(UserError, match=r"^max_bad_share=.* must "):
+        load(data, on_bad_file="skip", max_bad_share=share)
+    assert not (data.parent / "packs").exists()
+
+
+@pytest.mark.parametrize("kind", ["entries", "speakers", "inverse", "labels"])
+def test_reading_ends_at_a_thousand_problems(data, kind):
+    """What is said of them is true: there may be more."""
+    many = 1_500
+    if kind == "inverse":
+        new = {str(i): "x" for i in range(many)}
+        edited(data, MAP, lambda c: c["id2speaker"].update(new))
+    elif kind == "speakers":
+        new = {f"x{i}": [] for i in range(many)}
+        edited(data, META, lambda c: c["speakers"].update(new))
+    elif kind == "labels":
+        entry = {"feature_path": "x.pt", "mel_len": 5}
+        edited(data, TEST, lambda c: c.update(utterances=[entry] * many))
+    else:
+        edited(data, META, lambda c: c["speakers"].update(id00000=[{}] * many))
+    with pytest.raises(DataError) as caught:
+        read_corpus(data)
+    message = str(caught.value)
+    assert message.startswith(
+        f"{data}: 1,000 problems or more; the first are:\nfile "
+    )
+    assert len(message.splitlines()) == 22  # with the columns' names
+    assert "and " not in message.splitlines()[-1]
+
+
+def test_frames_that_a_file_cannot_have_take_no_space(data, monkeypatch):
+    reserve = build._reserve
+
+    def reserved(file, size):
+        assert size < 10**7
+        reserve(file, size)
+
+    monkeypatch.setattr(build, "_reserve", reserved)
+
+    def invent(content):
+        for entries in content["speakers"].values():
+            entries[0]["mel_len"] = 1_000_000
+
+    edited(data, META, invent)
+    with pytest.raises(DataError) as caught:
+        load(data)
+    assert [p.cure for p in caught.value.problems] == ["make the two agree"] * 4
+    corpus, _ = load(data, on_bad_file="skip", max_bad_share=0.5)
+    assert len(corpus.labelled) == 12
+
+
+@pytest.mark.parametrize("path", ["a:b.pt", "a:b/c.pt", "12:30:00.pt"])
+def test_a_colon_is_refused_in_words_that_say_so(data, path):
+    def name(content):
+        content["speakers"]["id00000"][0]["feature_path"] = path
+
+    edited(data, META, name)
+    words = "colon in its first part.*or rename the file and its entry"
+    with pytest.raises(UserError, match=words):
+        read_corpus(data)

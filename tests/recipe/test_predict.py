@@ -12,8 +12,10 @@ import torch
 from corpus import make_corpus
 from harness import assert_one_sentence, results, run_predict, run_train
 
+import predict
 from ml2022hw4_prepare import prepare
 from spkid.data import manifest
+from spkid.errors import UserError
 from spkid.evaluation import Evaluation
 from spkid.inference import SpeakerIdentifier
 
@@ -95,6 +97,47 @@ def test_speakers_of_another_mapping_are_refused(finished, tmp_path):
 def test_an_unknown_device_is_refused(finished):
     done = run_predict(finished[0], "--device=nonsense")
     assert_one_sentence(done, "--device nonsense: can't be used here")
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--device=", "--device has no value; give one"),
+        ("--submission=", "--submission .: is a folder; name a file in it"),
+        ("--submission=/", "--submission /: is a folder; name a file in it"),
+    ],
+)
+def test_what_cannot_be_written_is_said_first(
+    finished, tmp_path, option, words
+):
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    (output / "speakers.txt").unlink()  # is never read
+    assert_one_sentence(run_predict(output, option), words)
+
+
+def test_no_pack_is_made_where_a_stranger_says(finished, tmp_path, monkeypatch):
+    output, chosen = shutil.copytree(finished[0], tmp_path / "out"), []
+    path, elsewhere = output / "hyperparams.yaml", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    text, n = re.subn(
+        r"(?m)^pack_folder: .*", f"pack_folder: {elsewhere}", path.read_text()
+    )
+    assert n == 1
+    path.write_text(text)
+
+    def stop(folder, **options):
+        chosen.append(options["pack_folder"])
+        raise UserError("seen")
+
+    monkeypatch.setattr(predict, "prepare", stop)
+    for arguments in ([], [f"--pack_folder={elsewhere}"]):
+        with pytest.raises(UserError, match="seen"):
+            predict.main([str(output), *arguments])
+    assert chosen == [None, elsewhere]
+    shutil.copytree(finished[0] / "packs", elsewhere, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="seen"):
+        predict.main([str(output)])
+    assert chosen[-1] == str(elsewhere)
 
 
 @pytest.mark.parametrize("name", ["embedding_model.ckpt", "classifier.ckpt"])

@@ -82,3 +82,21 @@ def test_a_pack_that_can_only_be_read_is_no_failure(pack):
     cache = pack.file.with_name("fingerprints.npy")
     cache.mkdir()  # can't be replaced by a file
     assert len(pack_fingerprints(pack, ["a.pt"], progress=False)) == 1
+
+
+def test_fingerprints_of_other_features_are_made_again(pack, tmp_path):
+    """A rebuilt pack lies in the same folder, with files of the same size."""
+    old = pack_fingerprints(pack, ["a.pt"], progress=False)
+    content = pack.file.with_name("fingerprints.npy").read_bytes()
+    torch.save(torch.ones(30, 4), tmp_path / "a.pt")
+    utterances = tuple(Utterance(name, 30) for name in ("a.pt", "b.pt"))
+    corpus = Corpus(tmp_path, 4, test=utterances)
+    new, _ = open_features(
+        corpus, tmp_path / "packs", pack_dtype="float32", progress=False
+    )
+    assert new.file == pack.file
+    new.file.with_name("fingerprints.npy").write_bytes(content)
+    for _ in range(2):
+        found = pack_fingerprints(new, ["a.pt"], progress=False)
+        np.testing.assert_array_equal(found[0, :4], 1)
+        assert (found != old).any()

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import zlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from spkid.data.corpus import Corpus
+from spkid.data.corpus import Corpus, Utterance
 from spkid.data.feature_file import (
     FeatureFiles,
     check_feature_files,
@@ -34,6 +35,7 @@ from spkid.data.pack import (
 from spkid.data.places import locked, publish, remove_pack, sweep
 from spkid.data.processes import in_processes
 from spkid.data.sources import Sources
+from spkid.data.tensorfile import MAX_PICKLE
 from spkid.distributed import rank
 from spkid.errors import FULL, DataError, Problem, UserError, one_of
 from spkid.files import UNSUPPORTED, flush, flush_folder
@@ -187,13 +189,29 @@ class _Packs:
                 bar.update(len(part))
         return True
 
+    def _with_room(self) -> tuple[list[Utterance], list[Problem]]:
+        """The utterances whose files have the bytes for their frames, and a
+        problem for each other: nobody reserves what a JSON file invents."""
+        corpus, stamps = self.corpus, self.sources.stamps
+        few = [
+            u
+            for u in corpus.utterances
+            if u.length * corpus.n_mels > stamps[u.path][0] + MAX_PICKLE
+        ]
+        problems = check_feature_files(
+            corpus.folder, few, corpus.n_mels, self.dtype
+        )
+        bad = {problem.file for problem in problems}
+        return [u for u in corpus.utterances if u.path not in bad], problems
+
     def build(
         self, alone: bool
     ) -> tuple[PackedFeatures | FeatureFiles, list[Problem]]:
         """Builds in a side folder that is renamed at the end, so that a build
         that is killed leaves nothing that looks complete."""
         corpus, dtype, target = self.corpus, self.dtype, self.target
-        frames = sum(utterance.length for utterance in corpus.utterances)
+        items, lacking = self._with_room()
+        frames = sum(utterance.length for utterance in items)
         need = frames * corpus.n_mels * np.dtype(dtype).itemsize
         part = target.with_name(f"{target.name}.part-{secrets.token_hex(4)}")
         try:
@@ -203,8 +221,9 @@ class _Packs:
             remove_pack(target)
             part.mkdir()
             arrays, problems = _write_frames(
-                part / FRAMES, need, corpus, dtype, self.progress
+                part / FRAMES, need, corpus, items, dtype, self.progress
             )
+            problems = lacking + problems
             if not len(arrays["paths"]):  # there is no pack of nothing
                 return FeatureFiles(corpus.folder, (), corpus.n_mels), problems
             header: dict[str, Any] = {
@@ -238,10 +257,15 @@ def _bar(title: str, total: int, progress: bool) -> tqdm:
 
 
 def _write_frames(
-    path: Path, need: int, corpus: Corpus, dtype: str, progress: bool
+    path: Path,
+    need: int,
+    corpus: Corpus,
+    items: Sequence[Utterance],
+    dtype: str,
+    progress: bool,
 ) -> tuple[dict[str, Any], list[Problem]]:
     """Writes all frames; the index of the good files, and the problems."""
-    items, n_mels = corpus.utterances, corpus.n_mels
+    n_mels = corpus.n_mels
     lengths = np.array([u.length for u in items], dtype=np.int64)
     offsets = np.cumsum(lengths) - lengths
     moments = np.empty((len(items), 2, n_mels), dtype=np.float32)

@@ -18,6 +18,7 @@ from spkid.data.tensorfile import NotATensor, parse_matrix, read_tensor
 from spkid.errors import DataError, Problem, UserError, cure_of
 from spkid.files import open_regular
 
+LARGEST = 1e12  # no log-mel comes near; squares and sums stay finite
 SPARE_BYTES = 64 * 2**20  # that a file may have beyond twice its frames
 
 
@@ -100,6 +101,8 @@ def load_feature_file(
     peak = max(mel.max(), -mel.min())
     if not np.isfinite(peak):
         raise bad("has values that are NaN or infinite")
+    if peak > LARGEST:
+        raise bad(f"has values beyond {LARGEST:g}, which no log-mel has")
     if peak > np.finfo(dtype).max:
         raise bad(f"has values beyond {dtype}", "give --pack_dtype float32")
     return mel

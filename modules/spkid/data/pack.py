@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import warnings
+import zipfile
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import torch
 
 from spkid.data.feature_file import Integers
 from spkid.errors import Problem, UserError
+from spkid.files import open_regular
 from spkid.models.masks import valid_mask
 
 INDEX, FRAMES = "index.npz", "frames.bin"
@@ -55,8 +57,9 @@ def file_stamp(path: str | Path) -> tuple[int, int, int, int]:
         info = os.stat(path)
     except OSError:
         return 0, 0, 0, 0
-    inode = info.st_ino % 2**63
-    return info.st_size, info.st_mtime_ns, inode, info.st_ctime_ns
+    # Numbers that an array of int64 can hold: the year 2300 is beyond them.
+    changes = info.st_mtime_ns % 2**63, info.st_ctime_ns % 2**63
+    return info.st_size, changes[0], info.st_ino % 2**63, changes[1]
 
 
 def seal(header: Mapping, arrays: Mapping[str, np.ndarray]) -> str:
@@ -73,6 +76,20 @@ def seal(header: Mapping, arrays: Mapping[str, np.ndarray]) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def _read_index(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """A pack's header and arrays, if they are no larger than their file."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                if member.compress_type or member.file_size > size:
+                    raise ValueError
+        file.seek(0)
+        with np.load(file) as index:
+            header = json.loads(str(index["header"]))
+            return header, {name: index[name] for name in ARRAYS}
 
 
 class PackedFeatures:
@@ -108,9 +125,7 @@ class PackedFeatures:
         folder = Path(folder)
         self.file, self.on_device = folder / FRAMES, False
         try:
-            with np.load(folder / INDEX) as index:
-                header = json.loads(str(index["header"]))
-                arrays = {name: index[name] for name in ARRAYS}
+            header, arrays = _read_index(folder / INDEX)
             if header.pop("seal") != seal(header, arrays):
                 raise ValueError
             self.paths: list[str] = arrays["paths"].tolist()

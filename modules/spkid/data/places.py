@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from filelock import FileLock, Timeout
 
 from spkid.data.pack import FRAMES, INDEX
 
-SOURCES = "sources-*"  # each place's data folder has such a file in a pack
+# Each place's data folder has such a file in a pack; and while it is written.
+SOURCES = "sources-????????.npy", "sources-????????.npy.*.part"
+# What a build makes: a pack's name, and what tells builds apart.
+PART = re.compile(r"(.*-[0-9a-f]{8}-[0-9a-f]{8})\.part-[0-9a-f]{8}")
 logger = logging.getLogger(__name__)
 
 
@@ -59,15 +63,17 @@ def sweep(target: Path) -> None:
 
     Example
     -------
-    >>> target = getfixture("tmp_path") / "pack"
-    >>> target.with_name("pack.part-1").mkdir()
+    >>> target = getfixture("tmp_path") / "data-01234567-89abcdef"
+    >>> target.with_name(f"{target.name}.part-01234567").mkdir()
     >>> with locked(target):
     ...     sweep(target)
     >>> list(target.parent.iterdir())
     []
     """
     for left in target.parent.glob("*.part-*"):
-        name = left.name.partition(".part-")[0]
+        if not (made := PART.fullmatch(left.name)):
+            continue
+        name = made[1]
         with contextlib.suppress(OSError, Timeout, NotImplementedError):
             if name == target.name:
                 remove_pack(left)
@@ -92,10 +98,14 @@ def remove_pack(folder: Path) -> None:
     >>> [path.name for path in folder.iterdir()]
     ['notes.txt']
     """
-    for file in (folder / INDEX, folder / FRAMES, *folder.glob(SOURCES)):
+    for file in (folder / INDEX, folder / FRAMES, *_sources(folder)):
         file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
+
+
+def _sources(folder: Path) -> list[Path]:
+    return [path for form in SOURCES for path in folder.glob(form)]
 
 
 def publish(part: Path, target: Path) -> None:
@@ -113,5 +123,5 @@ def publish(part: Path, target: Path) -> None:
         os.replace(part, target)
     except OSError:  # other files lie there
         target.mkdir(exist_ok=True)
-        for file in (part / FRAMES, *part.glob(SOURCES), part / INDEX):
+        for file in (part / FRAMES, *_sources(part), part / INDEX):
             os.replace(file, target / file.name)

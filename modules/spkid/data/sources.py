@@ -14,6 +14,7 @@ import numpy as np
 
 from spkid.data.corpus import Corpus
 from spkid.data.pack import PackedFeatures, file_stamp
+from spkid.files import open_regular
 
 
 class Sources:
@@ -68,7 +69,8 @@ class Sources:
             return None
         stamps = self._stamps(pack.paths)
         with contextlib.suppress(Exception):  # none yet, or damaged
-            known = np.load(pack.file.with_name(self.file))
+            with open_regular(pack.file.with_name(self.file)) as file:
+                known = np.lib.format.read_array(file)
             differ = known != stamps
             return (
                 None if differ[:, 0].any() else differ.any(axis=1).nonzero()[0]

@@ -48,7 +48,7 @@ _MATRIX = re.compile(
     re.DOTALL,
 )
 _UNCHECKED = bytes(4)  # instead of each checksum, where PyTorch left them out
-_MAX_PICKLE = 8192  # bytes; a tensor's has 150
+MAX_PICKLE = 8192  # bytes; a tensor's has 150
 _SAVE = "save one float tensor [frames, n_mels] with torch.save"
 _NONE = "holds no float tensor, or more than one"
 _AGAIN = "make or download it again"
@@ -181,19 +181,21 @@ class _Tensor(NamedTuple):
     def of(self, data: memoryview, swap: bool) -> torch.Tensor:
         """The tensor, in a copy of its storage's bytes."""
         storage, dtype = self.storage, self.dtype
+        counts = self.offset, *self.size, *self.stride
+        if any(type(count) is not int for count in counts):
+            raise ValueError
         place = storage.values * storage.dtype.itemsize
         last = self.offset + sum(
             (n - 1) * step
             for n, step in zip(self.size, self.stride, strict=True)
         )
-        least = min((self.offset, *self.size, *self.stride))
-        if place != len(data) or least < 0:
+        if place != len(data) or min(counts) < 0:
             raise NotATensor("its sizes contradict each other")
         if not all(self.size):
             return torch.zeros(self.size, dtype=dtype)
         if (last + 1) * dtype.itemsize > place:
             raise NotATensor("its sizes contradict each other")
-        if math.prod(self.size) * dtype.itemsize > place + _MAX_PICKLE:
+        if math.prod(self.size) * dtype.itemsize > place + MAX_PICKLE:
             raise NotATensor(
                 "an expanded view, larger than its file",
                 "save x.clone() instead of x",
@@ -216,7 +218,7 @@ def _rebuild(storage, offset, size, stride, _, hooks, metadata=None):
 
 def _rebuild_typed(storage, offset, size, stride, _, hooks, dtype, meta=None):
     """As torch._utils._rebuild_tensor_v3."""
-    negated = bool(dict(meta or {}).get("neg"))
+    negated = type(meta) is dict and bool(meta.get("neg"))
     return _Tensor(storage, offset, size, stride, dtype, negated)
 
 
@@ -261,10 +263,25 @@ class _Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Callable]] = {
         code: function
         for code, function in pickle._Unpickler.dispatch.items()
-        if code not in b"io\x81\x82\x83\x84\x92"  # they make objects
+        # They make objects or sets, hash what may be tuples of tuples, or take
+        # the memory that they name.
+        if code not in b"iodsu\x81\x82\x83\x84\x8f\x90\x91\x92\x96"
     }
     # An object's state is of no use.
     dispatch[pickle.BUILD[0]] = lambda self: self.stack.pop()
+
+    def _items(self, pairs: list) -> None:
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            if type(key) is not str:
+                raise ValueError  # tuples of tuples take for ever to hash
+            self.stack[-1][key] = value  # type: ignore[attr-defined]
+
+    def _item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()  # type: ignore
+        self._items([key, value])
+
+    dispatch[pickle.SETITEM[0]] = _item
+    dispatch[pickle.SETITEMS[0]] = lambda self: self._items(self.pop_mark())
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _GLOBALS:
@@ -279,7 +296,11 @@ class _Unpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: tuple) -> _Storage:
         kind, dtype, key, _, values, *view = pid
-        if kind != "storage" or view not in ([], [None]):
+        if (
+            kind != "storage"
+            or view not in ([], [None])
+            or not (type(key) is str and type(values) is int)
+        ):
             raise ValueError
         return _Storage(dtype, key, values)
 
@@ -297,7 +318,7 @@ def _read_zip(content: bytes | bytearray) -> torch.Tensor:
     if "data.pkl" not in members:
         raise NotATensor("it is a zip, but not of torch.save", _SAVE)
     pickled = members["data.pkl"]
-    if len(pickled) > _MAX_PICKLE:
+    if len(pickled) > MAX_PICKLE:
         raise NotATensor("", _SAVE, _NONE)
     found = _described(io.BytesIO(pickled))
     order = bytes(members.get("byteorder", sys.byteorder.encode())).decode()
@@ -342,7 +363,7 @@ def _read_legacy(content: bytes | bytearray) -> torch.Tensor:
     """The format before zip: pickles, then a storage and its size."""
     if _LEGACY not in content[:32]:
         raise _not_of_torch(content)
-    front = io.BytesIO(content[:_MAX_PICKLE])
+    front = io.BytesIO(content[:MAX_PICKLE])
     _, _, system = (_Unpickler(front).load() for _ in range(3))
     found = _described(front)
     if _Unpickler(front).load() != [found.storage.key]:

@@ -20,7 +20,14 @@ from spkid.files import save_atomically
 from spkid.hparams import OUTDATED, Settings
 from spkid.keys import TRAINED, Range
 from spkid.models.masks import absolute_lengths, relative_lengths
-from spkid.trust import check_size, load_weights, one_line, read_bounded
+from spkid.trust import (
+    MAX_TRIAL,
+    Bounded,
+    check_size,
+    load_weights,
+    one_line,
+    read_bounded,
+)
 
 WEIGHTS = ("embedding_model", "classifier")
 SCORED_BY = (
@@ -168,9 +175,13 @@ class SpeakerIdentifier(nn.Module):
         """Checks on silence that the parts fit each other and the names."""
         n_mels = settings.values["n_mels"]
         Range(1, 10_000).check(n_mels, f"{settings.path}: n_mels")
+        large = ValueError("it makes gigabytes of a second of silence")
         try:
-            silence = torch.zeros(1, 100, n_mels)
-            _, _, known = self.classify(silence).shape
+            with Bounded(MAX_TRIAL, large):
+                silence = torch.zeros(1, 100, n_mels)
+                normed = self.mean_var_norm(silence, None, None)
+                found = self.embedding_model(normed, None).squeeze(1)
+                _, _, known = self.classifier(found.unsqueeze(1)).shape
         except Exception as error:  # whatever its modules say
             raise UserError(
                 f"{settings.path}: its model doesn't run ({one_line(error)}); "

@@ -84,9 +84,11 @@ def pack_fingerprints(
     wanted = [features.row[path] for path in paths]
     count = len(features.lengths)
     cache = features.file and features.file.with_name("fingerprints.npy")
-    kept = _read(cache, (count, 4 * features.n_mels)) if cache else None
-    if kept is not None:
-        return kept[wanted]
+    if cache:
+        digest = features.digest()
+        kept = _read(cache, (count, 4 * features.n_mels), digest)
+        if kept is not None:
+            return kept[wanted]
     rows = tqdm(
         range(count),
         desc="Fingerprinting channels",
@@ -103,23 +105,24 @@ def pack_fingerprints(
     if cache:
         content = io.BytesIO()
         np.save(content, prints)
-        seal = _seal(content.getvalue())
+        seal = _seal(content.getvalue(), digest)
         with contextlib.suppress(UserError):  # they are made again, then
             save_atomically(content.getvalue() + seal, cache)
     return prints[wanted]
 
 
-def _seal(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
+def _seal(content: bytes, digest: str) -> bytes:
+    return hashlib.blake2b(content + digest.encode(), digest_size=16).digest()
 
 
-def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """Fingerprints that were kept; None if they are missing or damaged."""
+def _read(path: Path, shape: tuple[int, int], digest: str) -> np.ndarray | None:
+    """Fingerprints that were kept; None if they are missing, damaged, or of
+    features with another digest."""
     most = 4 * shape[0] * shape[1] + 1024  # float32 and a header
     try:
         with open_regular(path) as file:
             content = file.read(most)
-        if content[-16:] != _seal(content[:-16]):
+        if content[-16:] != _seal(content[:-16], digest):
             return None
         prints = np.lib.format.read_array(io.BytesIO(content[:-16]))
     except (OSError, ValueError):

@@ -366,6 +366,7 @@ def write_manifests(
         pass
     parts, report = divide(corpus, features, choices)
     parts["test"] = manifest(corpus.test)
+    save_atomically("{}", done)  # the mark that what follows is ours
     contents = [*(parts[name] for name in ("train", "valid", "test")), report]
     for name, content in zip(FILES, contents, strict=True):
         save_atomically(json.dumps(content, indent=1), folder / name)

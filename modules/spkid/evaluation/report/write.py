@@ -201,7 +201,7 @@ def settings(text: str, results: dict) -> dict[str, Any]:
     rows = [
         [key.replace("_", " "), value]
         for key, value in results.items()
-        if not (value is None or key == "gap" or isinstance(value, dict))
+        if not (value is None or key == "gap" or isinstance(value, dict | list))
     ]
     return {
         "table": Table("The run", ["what", "value"], rows, "text"),
@@ -315,7 +315,10 @@ def write_report(output_folder: str | Path) -> Path:
             made, why = attempt(folder / name, partial(make, found[name]))
         sections[title] = f"{name} {why}" if made is None else made
     title = f"Report of {folder.resolve().name}"
-    if {"system", "split", "seed"} <= results.keys():
+    if all(
+        isinstance(results.get(key), str | int)
+        for key in ("system", "split", "seed")
+    ):
         title = "Report: {system}, {split} split, seed {seed}".format(**results)
     page = PAGES.get_template("page.html.j2").render(
         title=title, sections=sections
