@@ -48,12 +48,14 @@ def save_atomically(content: str | bytes, path: str | Path) -> None:
     >>> path.read_text()
     'hello'
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(
+            f"{path}: is no regular file; move it away, or name another place."
+        )
     real = Path(os.path.realpath(path))
     # Two runs may write a file that they share at the same time.
     part = real.with_name(f"{real.name}.{os.getpid()}.part")
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError(errno.EINVAL, "it is no regular file")
         real.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             file.write(

@@ -322,8 +322,6 @@ def test_manifests_are_kept_while_nothing_changes(made, tmp_path):
         lambda path: path.write_text(json.dumps({"files": [1]})),
         lambda path: path.write_bytes(path.read_bytes()[:-1] + b" "),
         lambda path: path.unlink(),
-        lambda path: (path.unlink(), os.mkfifo(path)),
-        lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
     ],
 )
 def test_damaged_manifests_are_written_again(made, tmp_path, name, damage):
@@ -333,6 +331,26 @@ def test_damaged_manifests_are_written_again(made, tmp_path, name, damage):
     damage(folder / name)
     split.write_manifests(*made, folder, CHOICES)
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", [*split.FILES, "split.json"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        os.mkfifo,
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: path.mkdir(),
+    ],
+)
+def test_what_is_no_manifest_is_left_alone(made, tmp_path, name, damage):
+    folder = tmp_path / "manifests"
+    split.write_manifests(*made, folder, CHOICES)
+    (folder / name).unlink()
+    damage(folder / name)
+    with pytest.raises(UserError, match=f"{name}: is no .*; move it away"):
+        split.write_manifests(*made, folder, CHOICES)
+    os.replace(folder / name, tmp_path / "away")
+    split.write_manifests(*made, folder, CHOICES)
 
 
 @pytest.mark.parametrize(
