@@ -157,6 +157,13 @@ def test_a_byte_order_mark_is_read(tmp_path):
     assert Settings(tmp_path / "a.yaml").values == {"rate": 0.1}
 
 
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_a_number_must_be_finite(value):
+    """Also of keys that only a model reads: each step would be skipped."""
+    with pytest.raises(UserError, match="scale=.* must be finite"):
+        Settings(CONFORMER, {"scale": value}).check()
+
+
 def test_an_output_folder_must_be_utf_8():
     name = os.fsdecode(b"caf\xe9")
     with pytest.raises(UserError, match="isn't text in UTF-8; name another"):

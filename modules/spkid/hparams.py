@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import io
 from collections.abc import Iterable
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +269,8 @@ class Settings:
     def _check_each(self) -> None:
         """Each value against the table of keys."""
         for key, value in self.values.items():
+            if isinstance(value, float) and not isfinite(value):
+                raise UserError(f"{self.path}: {key}={value} must be finite.")
             if key not in KEYS or KEYS[key].allowed == OBJECT:
                 continue
             allowed, blamed = KEYS[key].allowed, f"{self.path}: {key}"

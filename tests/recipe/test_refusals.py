@@ -259,4 +259,4 @@ def test_what_the_first_process_refuses_ends_all(data, tmp_path):
     lock.release()
     (output / "hyperparams.yaml").mkdir()
     for done in two_ranks(train_arguments(data, output)):
-        assert_one_sentence(done, "hyperparams.yaml: could not be written")
+        assert_one_sentence(done, "hyperparams.yaml: is no regular file")
