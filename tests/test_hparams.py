@@ -160,7 +160,7 @@ def test_a_byte_order_mark_is_read(tmp_path):
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
 def test_a_number_must_be_finite(value):
     """Also of keys that only a model reads: each step would be skipped."""
-    with pytest.raises(UserError, match="scale=.* must be finite"):
+    with pytest.raises(UserError, match=r"scale=.* must be finite"):
         Settings(CONFORMER, {"scale": value}).check()
 
 
