@@ -252,6 +252,17 @@ def test_an_epoch_has_one_checkpoint(tmp_path, layer):
     assert (layer.weight == 5.0).all()
 
 
+def test_a_users_copy_of_a_checkpoint_is_left_alone(tmp_path, layer):
+    checkpointer = make(tmp_path, layer)
+    saved = checkpointer.save_checkpoint({"epoch": 1, "accuracy": 0.9})
+    copy = shutil.copytree(saved.path, saved.path.with_name("CKPT+my copy"))
+    for epoch, accuracy in ((1, 0.9), (2, 0.8)):
+        checkpointer.save_checkpoint({"epoch": epoch, "accuracy": accuracy})
+    checkpointer.delete_checkpoints(num_to_keep=1, max_keys=["accuracy"])
+    assert copy.exists()
+    assert copy not in [c.path for c in checkpointer.list_checkpoints()]
+
+
 def test_two_checkpoints_of_an_epoch_are_not_averaged(
     tmp_path, layer, monkeypatch
 ):
