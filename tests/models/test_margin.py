@@ -1,6 +1,7 @@
 """Margin heads against SpeechBrain's losses and closed forms."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from speechbrain.nnet.losses import (
     nll_loss,
 )
 
-from spkid.models import AAMSoftmax, AMSoftmax, LinearSoftmax
+from spkid.models import AAMSoftmax, AMSoftmax, Cosines, LinearSoftmax
 
 SPEAKERS, SIZE = 7, 5
 
@@ -44,23 +45,107 @@ def test_loss_and_gradient_are_speechbrains(ours, theirs, margin, scale, batch):
     assert (x.grad - y.grad).abs().max() <= 1e-5
 
 
+def loss_and_gradients(head, embeddings, loss):
+    x = embeddings.clone().requires_grad_()
+    head.zero_grad()
+    value = loss(head, x)
+    value.backward()
+    return value.detach(), x.grad, head.weight.grad.clone()
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize("scale", [15.0, 64.0])
+@pytest.mark.parametrize("sure", [0.0, 100.0])
+@pytest.mark.parametrize("kind", [AMSoftmax, AAMSoftmax])
+def test_each_as_target_trains_as_targets_do(kind, sure, scale, margin, batch):
+    """Up to a posterior of 1, where little is left for the other classes."""
+    embeddings, targets = batch
+    head = kind(SIZE, SPEAKERS, scale, margin, 2, each_as_target=True)
+    embeddings = embeddings + sure * head.weight[2 * targets].detach()
+    given, found = (
+        loss_and_gradients(
+            head, embeddings, lambda f, x, t=t: nll_loss(f(x, *t), targets)
+        )
+        for t in ([targets], [])
+    )
+    for ours, theirs in zip(found, given, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs"),
+    [(AMSoftmax, AngularMargin), (AAMSoftmax, AdditiveAngularMargin)],
+)
+def test_cosines_train_in_speechbrains_wrapper_as_our_head_does(
+    kind, theirs, batch
+):
+    embeddings, targets = batch
+    head, cosines = kind(SIZE, SPEAKERS, 30.0, 0.2), Cosines(SIZE, SPEAKERS)
+    cosines.load_state_dict({"weight": head.weight})
+    wrapper = LogSoftmaxWrapper(theirs(margin=0.2, scale=30.0))
+    ours = loss_and_gradients(
+        head, embeddings, lambda f, x: nll_loss(f(x, targets), targets)
+    )
+    other = loss_and_gradients(
+        cosines, embeddings, lambda f, x: wrapper(f(x), targets)
+    )
+    for a, b in zip(ours, other, strict=True):
+        assert (a - b).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("head", [AMSoftmax, AAMSoftmax])
+def test_training_without_targets_is_warned_of_once(head, batch):
+    embeddings, _ = batch
+    head = head(SIZE, SPEAKERS)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            head(embeddings)
+    (warning,) = shown
+    assert str(warning.message).startswith(
+        f"{type(head).__name__} is trained without targets, so no margin is "
+        "applied"
+    )
+
+
+def test_no_warning_where_no_margin_belongs_or_one_is_applied(batch):
+    embeddings, targets = batch
+    head = AMSoftmax(SIZE, SPEAKERS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head(embeddings, targets)
+        AMSoftmax(SIZE, SPEAKERS, each_as_target=True)(embeddings)
+        with torch.no_grad():
+            head(embeddings)
+        head.eval()(embeddings)
+
+
+def test_each_as_target_has_no_margin_in_a_test_and_no_top_k(batch):
+    embeddings, _ = batch
+    head = AMSoftmax(SIZE, SPEAKERS, each_as_target=True).eval()
+    plain = F.log_softmax(30 * head.cosines(embeddings), dim=-1)
+    assert torch.equal(head(embeddings), plain)
+    with pytest.raises(ValueError, match="top_k=2 must be 0 with"):
+        AMSoftmax(SIZE, SPEAKERS, top_k=2, each_as_target=True)
+
+
 @pytest.mark.parametrize("head", [AMSoftmax, AAMSoftmax])
 def test_no_margin_without_targets(head, batch):
     embeddings, _ = batch
-    head = head(SIZE, SPEAKERS, scale=20.0, margin=0.4)
+    head = head(SIZE, SPEAKERS, scale=20.0, margin=0.4).eval()
     plain = F.log_softmax(20 * head.cosines(embeddings), dim=-1)
     assert torch.allclose(head(embeddings), plain, atol=1e-6)
 
 
 def test_a_margin_of_zero_is_a_plain_softmax_of_cosines(batch):
     embeddings, targets = batch
-    head = AMSoftmax(SIZE, SPEAKERS, margin=0.0)
+    head = AMSoftmax(SIZE, SPEAKERS, margin=0.0).eval()
     assert torch.equal(head(embeddings, targets), head(embeddings))
 
 
 def test_margin_moves_the_target_logit_alone(batch):
     embeddings, targets = batch
-    head = AMSoftmax(SIZE, SPEAKERS, scale=1.0, margin=0.3)
+    head = AMSoftmax(SIZE, SPEAKERS, scale=1.0, margin=0.3).eval()
     shift = head(embeddings, targets) - head(embeddings)
     shift = shift - shift.max(dim=-1, keepdim=True).values
     expected = -0.3 * F.one_hot(targets, SPEAKERS)
@@ -99,7 +184,7 @@ def test_margin_is_checkpointed_and_can_change(batch):
 
 def test_nearest_sub_center_counts(batch):
     embeddings, _ = batch
-    head = AMSoftmax(SIZE, SPEAKERS, scale=1.0, sub_centers=3)
+    head = AMSoftmax(SIZE, SPEAKERS, scale=1.0, sub_centers=3).eval()
     centers = F.normalize(head.weight, dim=1).view(SPEAKERS, 3, SIZE)
     cosines = torch.einsum(
         "be,cke->bck", F.normalize(embeddings[:, 0], dim=1), centers
@@ -111,7 +196,7 @@ def test_nearest_sub_center_counts(batch):
 @pytest.mark.parametrize("head", [AMSoftmax, AAMSoftmax])
 def test_inter_top_k_raises_the_nearest_wrong_classes(head, batch):
     embeddings, targets = batch
-    head = head(SIZE, SPEAKERS, scale=1.0, margin=0.0, top_k=2)
+    head = head(SIZE, SPEAKERS, scale=1.0, margin=0.0, top_k=2).eval()
     cosines = head.cosines(embeddings)
     logits = head(embeddings, targets)
     moved = (logits - head(embeddings)) - (logits - head(embeddings)).gather(

@@ -7,7 +7,12 @@ module takes numbers of frames, and refuses fractions.
 
 from spkid.models.conformer import ConformerEncoder
 from spkid.models.embedding import SpeakerEmbedding
-from spkid.models.margin import AAMSoftmax, AMSoftmax, LinearSoftmax
+from spkid.models.margin import (
+    AAMSoftmax,
+    AMSoftmax,
+    Cosines,
+    LinearSoftmax,
+)
 from spkid.models.pooling import (
     AttentiveStatisticsPooling,
     FirstFramePooling,
@@ -15,16 +20,19 @@ from spkid.models.pooling import (
     SelfAttentivePooling,
 )
 from spkid.models.transformer import TransformerEncoder
+from spkid.models.whitened import WhitenedCosine
 
 __all__ = [
     "AAMSoftmax",
     "AMSoftmax",
     "AttentiveStatisticsPooling",
     "ConformerEncoder",
+    "Cosines",
     "FirstFramePooling",
     "LinearSoftmax",
     "MeanPooling",
     "SelfAttentivePooling",
     "SpeakerEmbedding",
     "TransformerEncoder",
+    "WhitenedCosine",
 ]

@@ -2,10 +2,11 @@
 
 Inside the package, lengths are whole numbers of frames; fractions raise a
 TypeError. SpeechBrain passes lengths as fractions of the batch's longest item.
-They are converted here and nowhere else, with rounding, which is exact up to
-2**23 frames. SpeechBrain's ``length_to_mask(relative * n_frames)`` marks one
-frame too many for about 4 % of all (length, n_frames) pairs, because the
-product lands just above the whole number.
+They are converted here and nowhere else, which is exact up to 2**22 frames for
+fractions of frames in float32. SpeechBrain's
+``length_to_mask(relative * n_frames)`` marks one frame too many for about 4 %
+of all (length, n_frames) pairs, because the product lands just above the whole
+number.
 """
 
 from __future__ import annotations
@@ -18,10 +19,25 @@ import torch
 def absolute_lengths(relative: torch.Tensor, n_frames: int) -> torch.Tensor:
     """Converts SpeechBrain's relative lengths to numbers of frames.
 
+    Fractions of frames are rounded. What is farther from a whole number of
+    frames than they can be is a fraction of samples: n of the longest item's
+    N, of which there are 1 + n // hop and 1 + N // hop frames. Its product
+    x = n / N (1 + N // hop) is rounded up, as SpeechBrain's
+    ``InputNormalization`` does.
+
+    * No frame is lost: x > n / hop. In float32 this needs N below 2.7 million
+      samples (2.8 minutes at 16 kHz), since x exceeds a whole n / hop by
+      n / (N hop) at least, and is off by 3 * 2**-23 n / hop at most.
+    * One frame too many is possible, since x <= n / hop + n / N. There is none
+      if (n % hop) / hop + n / N <= 1, as for whole hops. Otherwise it depends
+      on N and the hop, which aren't known here: pass fractions of frames where
+      it matters.
+
     Arguments
     ---------
     relative : torch.Tensor [batch]
-        Fractions of ``n_frames``, in (0, 1].
+        Fractions of ``n_frames`` frames or of the longest item's samples, in
+        (0, 1].
     n_frames : int
         Frames of the padded batch.
 
@@ -39,6 +55,11 @@ def absolute_lengths(relative: torch.Tensor, n_frames: int) -> torch.Tensor:
     -------
     >>> absolute_lengths(torch.tensor([3 / 7, 1.0]), 7)
     tensor([3, 7])
+
+    0.48 s beside 1.6 s, with 10 ms from frame to frame:
+
+    >>> absolute_lengths(torch.tensor([7680 / 25600, 1.0]), 1 + 25600 // 160)
+    tensor([ 49, 161])
     """
     if not relative.is_floating_point():
         raise TypeError(
@@ -46,7 +67,11 @@ def absolute_lengths(relative: torch.Tensor, n_frames: int) -> torch.Tensor:
             f"{relative.dtype}; convert numbers of frames with "
             "relative_lengths()."
         )
-    frames = torch.round(relative.to(torch.float32) * n_frames)
+    frames = relative.to(torch.float32) * n_frames
+    # The fraction and the product are off by half an epsilon each.
+    precisions = (relative.dtype, torch.float32)
+    off = 2 * max(torch.finfo(dtype).eps for dtype in precisions) * frames
+    frames = torch.maximum(frames.round(), (frames - off).ceil())
     return frames.to(torch.int64).clamp(min=1)
 
 
