@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # What helps against an error of the system; see cure_of().
@@ -51,6 +51,17 @@ class UserError(Exception):
     Traceback (most recent call last):
     ...
     spkid.errors.UserError: metadata.json: key 'speakers' is missing; add it.
+    """
+
+
+class AudioError(UserError, ValueError):
+    """A recording that can't be used, for a reason that its maker may cure.
+
+    Example
+    -------
+    >>> raise AudioError("a.wav: holds no speech.")
+    Traceback (most recent call last):
+    spkid.errors.AudioError: a.wav: holds no speech.
     """
 
 
@@ -178,18 +189,43 @@ def cure_of(error: OSError) -> str:
     return CURES.get(error.errno or 0, "name another place")
 
 
-def run_command(main: Callable[[list[str]], None]) -> None:
+def one_line(error: Any) -> str:
+    """What an error says, in one line of at most 300 characters.
+
+    Example
+    -------
+    >>> one_line(ValueError("a\\nb"))
+    'a b'
+    """
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    elif hasattr(error, "problem_mark"):  # of YAML
+        text = str(error.problem or error.context)
+        if mark := error.problem_mark or error.context_mark:
+            text += f" in line {mark.line + 1}"
+    elif len(error.args) > 1:
+        text = ": ".join(map(str, error.args))
+    text = " ".join(text.split()).rstrip(".:") or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def run_command(
+    main: Callable[[list[str]], int | None], trouble: int = 1
+) -> None:
     """Runs a command's main function and ends the process as users expect.
 
     A :class:`UserError` or an error of the system, as a full disk, is one
-    sentence with exit code 1; Ctrl-C exits with 130, and with 141 whoever
-    writes to a reader that has gone, as ``head``. Anything else is a bug of
-    ours and keeps its traceback.
+    sentence with exit status ``trouble``. Ctrl-C exits with 130, and with 141
+    whoever writes to a reader that has gone, as ``head``. Anything else is a
+    bug of ours and keeps its traceback.
 
     Arguments
     ---------
     main : callable
-        Takes the command line's arguments.
+        Takes the command line's arguments; may give an exit status.
+    trouble : int
+        Exit status of an error.
 
     Example
     -------
@@ -205,15 +241,16 @@ def run_command(main: Callable[[list[str]], None]) -> None:
             # A name may have letters that a terminal hasn't.
             stream.reconfigure(errors="backslashreplace")
     try:
-        main(sys.argv[1:])
+        status = main(sys.argv[1:])
         if sys.stdout:
             sys.stdout.flush()
     except UserError as error:
-        sys.exit(f"Error: {_last_message(error)}")
+        _end(_last_message(error), trouble)
     except MemoryError:
-        sys.exit(
-            "Error: the memory is full; close other programs, or give smaller "
-            "sizes, as --batch_size or --max_frames_per_batch."
+        _end(
+            "the memory is full; close other programs, or give smaller sizes, "
+            "as --batch_size or --max_frames_per_batch.",
+            trouble,
         )
     except BrokenPipeError:
         if not _silence():
@@ -223,13 +260,24 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         error = _of_worker(error)
         if error.errno not in CURES:
             raise
-        sys.exit(
-            f"Error: {error.filename or 'a file'}: {error.strerror}; "
+        _end(
+            f"{error.filename or 'a file'}: {error.strerror}; "
             f"{cure_of(error)}, and give the same command again: a run "
-            "resumes from its last checkpoint."
+            "resumes from its last checkpoint.",
+            trouble,
         )
     except KeyboardInterrupt:
         sys.exit(130)
+    if status:
+        sys.exit(status)
+
+
+def _end(words: str, status: int) -> NoReturn:
+    """Ends the process with a sentence and an exit status."""
+    if status == 1:  # that of a text
+        sys.exit(f"Error: {words}")
+    print(f"Error: {words}", file=sys.stderr)
+    sys.exit(status)
 
 
 def _last_message(error: Exception) -> str:

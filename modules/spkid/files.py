@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import stat
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
@@ -124,6 +125,57 @@ def open_regular(path: str | Path) -> BinaryIO:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def read_bounded(path: str | Path, most: int) -> bytes:
+    """The bytes of a regular file of a bounded size.
+
+    Raises
+    ------
+    OSError
+        If it is missing, larger, or no regular file.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "a"
+    >>> _ = path.write_bytes(b"abc")
+    >>> read_bounded(path, most=3)
+    b'abc'
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            words = f"it has {size:,} bytes, more than {most:,}"
+            raise OSError(errno.EFBIG, words, str(path))
+        return file.read(most)
+
+
+def check_stored(file: BinaryIO) -> int:
+    """The bytes of a zip's members, none of which is more than it seems.
+
+    Raises
+    ------
+    ValueError
+        If members are compressed, or are larger than the file together.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "a.npz"
+    >>> with zipfile.ZipFile(path, "w") as archive:
+    ...     archive.writestr("a", "abc")
+    >>> with open_regular(path) as file:
+    ...     check_stored(file)
+    3
+    """
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members):
+        raise ValueError("it is compressed, as this program writes none")
+    total = sum(member.file_size for member in members)
+    if total > file.seek(0, os.SEEK_END):
+        raise ValueError("its members are larger than the file")
+    file.seek(0)
+    return total
 
 
 def read_json(path: str | Path, inside: bool = False) -> dict:

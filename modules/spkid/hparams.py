@@ -15,7 +15,8 @@ import torch
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
-from spkid.errors import FULL, UserError, cure_of, one_of
+from spkid.errors import FULL, UserError, cure_of, one_line, one_of
+from spkid.files import read_bounded
 from spkid.keys import (
     DECIDED_BY_DATA,
     FLAG,
@@ -35,8 +36,6 @@ from spkid.trust import (
     build_modules,
     check_nodes,
     count_values,
-    one_line,
-    read_bounded,
 )
 
 MAX_BYTES = 2**18  # of a YAML file; ours have 7 KB

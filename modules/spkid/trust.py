@@ -7,18 +7,15 @@ within a text in round brackets.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import math
-import os
 import pydoc
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ruamel.yaml
 import torch
@@ -27,8 +24,8 @@ from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from spkid.errors import UserError
-from spkid.files import open_regular
+from spkid.errors import UserError, one_line
+from spkid.files import check_stored, open_regular
 
 # What a run's folder may name. torch.nn.Transformer and its parts are copied
 # as often as an argument says, whatever memory there is; lazy modules have no
@@ -56,78 +53,6 @@ MAX_VALUES = 10_000  # of a YAML file, where each alias counts as its content
 SPARE = 2**26  # bytes that modules may make beside their weights
 MAX_TRIAL = 2**29  # bytes of all that a model makes of a second of silence
 MAX_WEIGHTS = 2**32  # bytes: a billion float32
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 300 characters.
-
-    Example
-    -------
-    >>> one_line(ValueError("a\\nb"))
-    'a b'
-    """
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = error.strerror
-    elif isinstance(error, ruamel.yaml.error.MarkedYAMLError):
-        text = str(error.problem or error.context)
-        if mark := error.problem_mark or error.context_mark:
-            text += f" in line {mark.line + 1}"
-    elif len(error.args) > 1:
-        text = ": ".join(map(str, error.args))
-    text = " ".join(text.split()).rstrip(".:") or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
-
-
-def read_bounded(path: str | Path, most: int) -> bytes:
-    """The bytes of a regular file of a bounded size.
-
-    Raises
-    ------
-    OSError
-        If it is missing, larger, or no regular file.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "a"
-    >>> _ = path.write_bytes(b"abc")
-    >>> read_bounded(path, most=3)
-    b'abc'
-    """
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > most:
-            words = f"it has {size:,} bytes, more than {most:,}"
-            raise OSError(errno.EFBIG, words, str(path))
-        return file.read(most)
-
-
-def check_stored(file: BinaryIO) -> int:
-    """The bytes of a zip's members, none of which is more than it seems.
-
-    Raises
-    ------
-    ValueError
-        If members are compressed, or are larger than the file together.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "a.npz"
-    >>> with zipfile.ZipFile(path, "w") as archive:
-    ...     archive.writestr("a", "abc")
-    >>> with open_regular(path) as file:
-    ...     check_stored(file)
-    3
-    """
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-    if any(m.compress_type != zipfile.ZIP_STORED for m in members):
-        raise ValueError("it is compressed, as this program writes none")
-    total = sum(member.file_size for member in members)
-    if total > file.seek(0, os.SEEK_END):
-        raise ValueError("its members are larger than the file")
-    file.seek(0)
-    return total
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:

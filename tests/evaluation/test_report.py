@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import matplotlib
@@ -16,11 +17,14 @@ import pytest
 from report_run import make_run
 
 from spkid.errors import UserError
+from spkid.evaluation import Evaluation, equal_error_rate
 from spkid.evaluation.report import scored, write_report
+from spkid.evaluation.report.verification import cosines, verification
 
 SECTIONS = (
     *("Accuracy", "Training", "Accuracy by length", "Accuracy by speaker"),
-    *("Most confused", "Embedding map", "Calibration", "Sessions", "Settings"),
+    *("Most confused", "Embedding map", "Calibration"),
+    *("Verification and strangers", "Sessions", "Settings"),
 )
 INPUTS = {
     "results.json": "Accuracy",
@@ -122,7 +126,7 @@ def test_all_sections_are_there_and_the_same_run_gives_the_same_bytes(
     assert "is missing" not in page
     figures = [keys for tag, keys in Outline(page).tags if tag == "svg"]
     assert {keys["role"] for keys in figures} == {"img"}
-    assert len({keys["aria-label"] for keys in figures}) == len(figures) == 6
+    assert len({keys["aria-label"] for keys in figures}) == len(figures) == 8
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids)) > 10
     assert write(run) == page
@@ -214,6 +218,157 @@ def test_calibration_is_described_in_words(tmp_path):
         assert f"calibration error is {error:.1f} %" in text
 
 
+def table_of(folder, n_speakers, sizes, **columns):
+    """The scores of a run, some columns replaced."""
+    make_run(folder, n_speakers, sizes)
+    change(folder, **columns)
+    return Evaluation.load(folder / "evaluation.npz")
+
+
+def rows_of(section):
+    return [
+        [cell.replace("\N{NO-BREAK SPACE}", " ") for cell in row]
+        for row in section["table"].rows
+    ]
+
+
+def cosine(a, b):
+    a, b = a.astype(float), b.astype(float)
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def cosine_with_model(table, i, speaker, enrolled):
+    """Of an utterance, with the mean direction of the speaker's others."""
+    others = [
+        x / np.linalg.norm(x)
+        for j, x in enumerate(table.embedding.astype(float))
+        if enrolled[j] and table.target[j] == speaker and j != i
+    ]
+    if not others:
+        return -np.inf
+    return cosine(table.embedding[i], np.mean(others, axis=0))
+
+
+@pytest.mark.parametrize("parts", [["known"], ["known", "new"]])
+def test_an_utterance_is_left_out_of_its_own_model(tmp_path, parts):
+    table = table_of(tmp_path / "run", 9, {"new": 9, "known": 7})
+    enrolled = np.isin(table.part, parts)
+    expected = [
+        [cosine_with_model(table, i, k, enrolled) for k in range(9)]
+        for i in range(16)
+    ]
+    assert -np.inf in np.ravel(expected)
+    assert cosines(table, enrolled) == pytest.approx(np.array(expected), 1e-4)
+
+
+def test_pairs_are_of_two_sessions_and_each_utterance_is_a_stranger(tmp_path):
+    """The table's figures, in loops."""
+    sizes = {"new": 40, "known": 30, "test": 30}
+    table = table_of(tmp_path / "run", 6, sizes)
+    target, section = table.target.tolist(), verification(table)
+    pairs = [[], []]
+    for i in range(70):  # the test utterances are last
+        for j in range(i):
+            if target[i] != target[j] or (i < 40) != (j < 40):
+                score = cosine(*table.embedding[[i, j]])
+                pairs[target[i] != target[j]].append(score)
+    rate = equal_error_rate(*map(np.array, pairs))[0]
+    details = f"pairs: {len(pairs[0])} of one speaker, {len(pairs[1]):,} of two"
+    rows = rows_of(section)
+    assert rows[0] == [
+        *("Equal error rate (EER)", f"{100 * rate:.2f} %", details)
+    ]
+    scores = [
+        [
+            cosine_with_model(table, i, k, table.part == "known")
+            for k in range(6)
+        ]
+        for i in range(40)
+    ]
+    strangers = sorted(
+        max(score for k, score in enumerate(row) if k != target[i])
+        for i, row in enumerate(scores)
+    )
+    for row, percent, accepted in zip(rows[2:], (1, 5), (0, 2), strict=True):
+        threshold = strangers[-1 - accepted]
+        right = sum(
+            max(one) == one[target[i]] > threshold
+            for i, one in enumerate(scores)
+        )
+        assert 0 < right < 40
+        assert row == [
+            *(f"DIR at FPIR {percent} %", f"{2.5 * right:.1f} % of 40"),
+            f"{accepted} of 40 strangers accepted",
+        ]
+    assert "one is of a new session" in section["texts"][0]
+    assert "held-out utterances of known sessions" in section["texts"][1]
+
+
+@pytest.mark.parametrize("part", ["new", "random"])
+def test_pairs_that_may_be_of_one_session_are_called_easy(tmp_path, part):
+    texts = verification(table_of(tmp_path / "run", 6, {part: 40}))["texts"]
+    assert "may be of one session, which helps" in texts[0]
+    assert "other held-out utterances" in texts[1]
+
+
+def test_scores_of_another_system_can_be_shown(tmp_path):
+    """Speakers are found at a score of 1, strangers have 0; one speaker isn't
+    enrolled, and one utterance isn't found."""
+    table = table_of(tmp_path / "run", 6, {"test": 9, "known": 30, "new": 30})
+    scores = np.eye(6)[table.target]
+    absent = next(one for one in table.target[40:] if one != table.target[39])
+    scores[39], scores[:, absent] = 0, -np.inf
+    n = np.count_nonzero(table.target[39:] != absent)
+    section = verification(table, scores, "By magic.")
+    assert section["texts"][1] == "By magic."
+    assert rows_of(section)[2] == [
+        *("DIR at FPIR 1 %", f"{100 * (n - 1) / n:.1f} % of {n}"),
+        "0 of 30 strangers accepted",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parts", "target"),
+    [
+        ("nnnnnn", [0, 0, 0, 0, 0, 0]),  # one speaker
+        ("nnnnnn", [0, 1, 2, 3, 4, 5]),  # one utterance each
+        ("nk", [0, 0]),
+        ("n", [3]),
+        ("kkkttt", [0, 0, 1, 0, 0, 1]),  # nothing new
+        ("tttttt", [0, 0, 0, 1, 1, 1]),
+        ("", []),
+    ],
+)
+def test_nothing_can_be_compared(tmp_path, parts, target):
+    names = {"n": "new", "k": "known", "t": "test"}
+    part = np.array([names[letter] for letter in parts], str)
+    table = table_of(tmp_path / "run", 6, {"new": 6})
+    table = table.select(np.arange(len(parts)))
+    assert verification(replace(table, part=part, target=target)) is None
+
+
+@pytest.mark.parametrize(
+    ("parts", "target", "details"),
+    [
+        ("nnn", [0, 0, 1], "pairs: 1 of one speaker, 2 of two"),
+        ("nnnk", [0, 0, 1, 0], "pairs: 1 of one speaker, 2 of two"),
+        ("nnkk", [0, 1, 0, 1], "pairs: 2 of one speaker, 4 of two"),
+    ],
+)
+def test_the_least_that_can_be_compared(tmp_path, parts, target, details):
+    part = np.where(np.array(list(parts)) == "n", "new", "known")
+    table = table_of(tmp_path / "run", 3, {"new": 6})
+    table = table.select(np.arange(len(parts)))
+    section = verification(replace(table, part=part, target=target))
+    assert rows_of(section)[0][2] == details
+
+
+def test_a_section_without_content_is_left_out(tmp_path):
+    page = write(make_run(tmp_path / "run", 1, {"new": 3}))
+    sections = [name for name in SECTIONS if not name.startswith("Verif")]
+    assert re.findall("<h2>(.*?)</h2>", page) == sections
+
+
 @pytest.mark.parametrize("name", INPUTS)
 def test_missing_file_removes_only_its_sections(tmp_path, name):
     folder = make_run(tmp_path / "run", sizes={"new": 20})
@@ -232,7 +387,7 @@ def test_unlabelled_utterances_are_left_out(tmp_path):
     change(folder, target=target)
     assert "test utterances" not in write(folder).split("Training</h2>")[1]
     change(folder, target=np.full(29, -1))
-    assert write(folder).count("has no utterance of a known speaker.") == 5
+    assert write(folder).count("has no utterance of a known speaker.") == 6
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -378,7 +533,7 @@ def test_ill_shaped_table_costs_its_sections_alone(tmp_path, name):
     folder = make_run(tmp_path / "run", 2, sizes={"new": 4})
     change(folder, **COLUMNS[name])
     page = write(folder)
-    assert page.count("evaluation.npz can&#39;t be shown (") == 5
+    assert page.count("evaluation.npz can&#39;t be shown (") == 6
     assert "is missing" not in page
     assert "<script>" not in page
 
@@ -390,7 +545,7 @@ def test_a_table_of_no_utterance_or_no_dimension_has_a_report(tmp_path):
     arrays = dict(np.load(folder / "evaluation.npz"))
     none = {key: x[:0] for key, x in arrays.items() if key != "speakers"}
     change(folder, **none)
-    assert write(folder).count("evaluation.npz is missing or empty") == 5
+    assert write(folder).count("evaluation.npz is missing or empty") == 6
 
 
 def test_a_compressed_table_is_refused(tmp_path):

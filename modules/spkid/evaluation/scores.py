@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from spkid.distributed import gather
-from spkid.errors import UserError
+from spkid.errors import UserError, one_line
 from spkid.evaluation.metrics import Expectation, expected_accuracy
-from spkid.files import open_regular, read_json, save_atomically
-from spkid.trust import check_stored, one_line
+from spkid.files import check_stored, open_regular, read_json, save_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +143,22 @@ class Evaluation:
             frames=np.array(frames),
             speakers=tuple(speakers),
             **{key: x.detach().cpu().numpy() for key, x in columns.items()},
+        )
+
+    def with_posteriors(self, log_posteriors: np.ndarray) -> Evaluation:
+        """The same utterances, as another classifier judges them.
+
+        Arguments
+        ---------
+        log_posteriors : np.ndarray [n, speakers]
+            In the order of the table.
+        """
+        rows, guess = np.arange(len(self)), log_posteriors.argmax(1)
+        return replace(
+            self,
+            guess=guess,
+            loss=-log_posteriors[rows, np.maximum(self.target, 0)],
+            confidence=np.exp(log_posteriors[rows, guess]),
         )
 
     @classmethod

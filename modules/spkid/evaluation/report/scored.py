@@ -24,6 +24,7 @@ from spkid.evaluation.report.blocks import (
     percent_ticks,
 )
 from spkid.evaluation.scores import PARTS, Evaluation
+from spkid.evaluation.trials import unit_vectors
 
 GREY = PARTS["train"].colour
 MAX_POINTS = 1000  # of the embedding map; t-SNE takes seconds for them
@@ -159,9 +160,7 @@ def confusions(scored: Evaluation) -> Table:
 
 def flatten(vectors: np.ndarray) -> tuple[str, np.ndarray]:
     """Points [n, 2] of vectors, similar ones close, and the method's name."""
-    vectors = vectors.astype(float)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    vectors = np.nan_to_num(vectors / np.maximum(lengths, 1e-9))
+    vectors = unit_vectors(vectors)
     left, scale, _ = np.linalg.svd(
         vectors - vectors.mean(axis=0), full_matrices=False
     )

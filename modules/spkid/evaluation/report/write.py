@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from spkid.errors import UserError
+from spkid.errors import UserError, one_line
 from spkid.evaluation.report import scored
 from spkid.evaluation.report.blocks import (
     Table,
@@ -21,9 +21,9 @@ from spkid.evaluation.report.blocks import (
     percent,
     percent_ticks,
 )
+from spkid.evaluation.report.verification import verification
 from spkid.evaluation.scores import PARTS, Evaluation
-from spkid.files import save_atomically
-from spkid.trust import one_line, read_bounded
+from spkid.files import read_bounded, save_atomically
 
 logger = logging.getLogger(__name__)
 MAX_BYTES = 2**24  # of each text file
@@ -301,6 +301,7 @@ def write_report(output_folder: str | Path) -> Path:
         "Most confused": ("evaluation.npz", scored.confusions),
         "Embedding map": ("evaluation.npz", scored.embedding_map),
         "Calibration": ("evaluation.npz", scored.calibration),
+        "Verification and strangers": ("evaluation.npz", verification),
         "Sessions": ("manifests/split_report.json", sessions),
         "Settings": ("hyperparams.yaml", partial(settings, results=results)),
     }
@@ -313,7 +314,8 @@ def write_report(output_folder: str | Path) -> Path:
         made, why = None, missing[name]
         if found[name]:
             made, why = attempt(folder / name, partial(make, found[name]))
-        sections[title] = f"{name} {why}" if made is None else made
+        if made is not None or why:
+            sections[title] = f"{name} {why}" if made is None else made
     title = f"Report of {folder.resolve().name}"
     if all(
         isinstance(results.get(key), str | int)
