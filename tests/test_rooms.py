@@ -9,9 +9,11 @@ import pytest
 MODULES = Path(__file__).resolve().parents[1] / "modules"
 RECIPE = MODULES.parent / "recipes" / "ML2022hw4"
 FILES = sorted(MODULES.rglob("*.py"))
-USES = {"data", "sessions", "training", "evaluation", "inference"}
+USES = {"data", "sessions", "training", "evaluation", "inference", "backend"}
 FORBIDDEN = {
-    "models": {"features", *USES},
+    "audio": {"models", "features", *USES},
+    "backend": {"models", "features", "audio", *USES} - {"backend"},
+    "models": {"features", "audio", *USES},
     "features": USES,
     "data": USES - {"data"},
     "sessions": {"training", "evaluation", "inference"},

@@ -75,7 +75,7 @@ class Run:
             torch.tensor(owners),
             len(utterances),
         )
-        log_posteriors = self.identifier.classifier(means.unsqueeze(1))
+        log_posteriors = self.identifier.posteriors(means.unsqueeze(1))
         right = self._right(log_posteriors, utterances.values())
         return right / len(utterances)
 

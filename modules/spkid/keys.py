@@ -74,6 +74,7 @@ KEYS = {
     "n_folds": Key(Range(2, 1000)),
     "fold": Key(Range(0, HUGE)),
     "final_fit": Key(FLAG, FREE),
+    "init_from": Key(OPTIONAL),
     "number_of_epochs": Key(COUNT),
     "batch_size": Key(Range(2, HUGE)),
     "segment_frames": Key(COUNT),
@@ -105,7 +106,7 @@ KEYS = {
     "tensorboard_logger": Key(OBJECT, FREE),
     "checkpointer": Key(OBJECT, FREE),
 }
-DECIDED_BY_DATA = ("n_speakers", "n_mels")
+DECIDED_BY_DATA = ("n_speakers", "n_mels", "silence")
 # The objects that a trained system is made of.
 TRAINED = ("mean_var_norm", "embedding_model", "classifier")
 # Of one model or optimiser; the recipe itself doesn't read them.

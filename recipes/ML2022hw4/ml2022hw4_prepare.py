@@ -29,6 +29,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from spkid.audio import SILENCES
 from spkid.data import (
     DTYPES,
     POLICIES,
@@ -70,7 +71,7 @@ class _Reader:
     ``bad`` what concerns a feature file alone, which can be skipped."""
 
     def __init__(self, folder: Path, need_all: bool) -> None:
-        self.folder, self.n_mels = folder, 0
+        self.folder, self.n_mels, self.silence = folder, 0, "hw4"
         self.need_all = need_all  # whether each speaker must have utterances
         self.speakers: tuple[str, ...] = ()  # by class index
         self.names: frozenset[str] = frozenset()  # the same
@@ -175,6 +176,13 @@ class _Reader:
             self.wrong(file, "key 'n_mels'", what, cure)
         else:
             self.n_mels = n_mels
+
+    def read_silence(self, metadata: dict) -> None:
+        """How recordings became features: HW4's data don't say it."""
+        self.silence = metadata.get("silence", "hw4")
+        if self.silence not in SILENCES:
+            what, cure = f"is {_short(self.silence)}", "give vad or hw4"
+            self.wrong("metadata.json", "key 'silence'", what, cure)
 
     def utterances(
         self, entries: list, speaker: str | None, file: str
@@ -318,6 +326,7 @@ def read_corpus(
     metadata = None if test_only else reader.json("metadata.json")
     if metadata is not None:
         reader.read_n_mels(metadata, "metadata.json")
+        reader.read_silence(metadata)
         labelled = reader.labelled(metadata)
     if (testdata := reader.json("testdata.json")) is not None:
         reader.read_n_mels(testdata, "testdata.json")
@@ -332,7 +341,11 @@ def read_corpus(
             reader.bad += check_feature_files(folder, there, reader.n_mels)
         raise_for(reader.problems + reader.bad, folder)
     parts = tuple(labelled), tuple(test), tuple(u.path for u in test)
-    return Corpus(folder, reader.n_mels, reader.speakers, *parts), reader.bad
+    corpus = Corpus(
+        *(folder, reader.n_mels, reader.speakers, *parts),
+        silence=reader.silence,
+    )
+    return corpus, reader.bad
 
 
 def prepare(

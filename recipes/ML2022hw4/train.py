@@ -30,6 +30,7 @@ from speechbrain.utils.distributed import if_main_process
 import mini_corpus
 from ml2022hw4_prepare import DEFAULT_DATA, prepare
 from predict import write_submission
+from spkid.backend.fit import fit_backend
 from spkid.data import FeatureDataset, eval_loader, label_encoder, train_loader
 from spkid.distributed import join_group, on_first, rank, together, world_size
 from spkid.errors import run_command, table
@@ -148,6 +149,22 @@ class SpeakerBrain(RobustBrain):
         with self.evaluation_ctx:
             return self.identifier.score(features, manifest, progress)
 
+    def fit_backend(self, features, manifest, validated) -> Evaluation:
+        """Fits the back-end on all labelled utterances; gives the validation
+        of the whole system, which is honest."""
+        trained = self.score(features, manifest, "Back-end")
+        labelled = trained.concatenate([trained, validated], trained.speakers)
+        entries = manifest | self.held_out
+        fitted = fit_backend(
+            labelled.embedding,
+            labelled.target,
+            [entries[name].get("session", name) for name in labelled.id],
+            ["train"] * len(trained) + validated.part.tolist(),
+            labelled.speakers,
+        )
+        self.identifier.set_backend(fitted.backend)
+        return validated.with_posteriors(fitted.log_posteriors)
+
     def choose_weights(self, features) -> tuple[int, Evaluation]:
         """Loads the mean of the best checkpoints, or the best one, whichever
         is more accurate on what is held out; gives the count and scores."""
@@ -232,10 +249,13 @@ def train(settings: Settings, run_opts: RunOptions) -> None:
         with together():
             if first == (rank() == 0):
                 corpus, features = read_data(settings.values)
+    source = settings.values["init_from"]
     settings = settings.replace(
         n_speakers=len(corpus.speakers),
         n_mels=corpus.n_mels,
+        silence=corpus.silence,
         data_folder=os.path.abspath(corpus.folder),
+        init_from=source and os.path.abspath(source),
     )
     run = RunFolder(settings, run_opts, corpus, features)
     hparams = settings.build()
@@ -256,6 +276,7 @@ def train(settings: Settings, run_opts: RunOptions) -> None:
     brain.train_sampler = train_set.batch_sampler  # is told the epoch
     brain.checkpointer.add_recoverable("dataloader-TRAIN", train_set)
     if not brain.test_only:  # last: settings that fail don't bind the run
+        run.begin(brain.identifier, brain.checkpointer)
         on_first(run.save_identity)
     on_first(announce, run, corpus, manifests)
     if brain.distributed_launch:
@@ -265,6 +286,7 @@ def train(settings: Settings, run_opts: RunOptions) -> None:
     if brain.test_only:
         brain.checkpointer.recover_if_possible()  # its epochs and seconds
     averaged, validated = brain.choose_weights(features)
+    validated = brain.fit_backend(features, manifests["train"], validated)
     tested = brain.score(features, manifests["test"], "Test")
     if brain.debug:
         on_first(print, "The debug run has passed; it leaves no results.")

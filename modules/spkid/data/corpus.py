@@ -41,6 +41,7 @@ class Corpus:
     test: tuple[Utterance, ...] = ()
     test_paths: tuple[str, ...] = ()  # all that are listed, skipped ones too
     skipped: tuple[Problem, ...] = ()
+    silence: str = "hw4"  # what the features' maker removed silences with
 
     @property
     def utterances(self) -> tuple[Utterance, ...]:

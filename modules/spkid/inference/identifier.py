@@ -1,4 +1,4 @@
-"""The trained system as one object: from log-mels to speakers."""
+"""The trained system as one object: from log-mels or audio to speakers."""
 
 from __future__ import annotations
 
@@ -8,25 +8,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from spkid.audio import SILENCES
+from spkid.backend import Backend
 from spkid.data import FeatureFiles, LengthBatches, PackedFeatures
 from spkid.distributed import rank, world_size
-from spkid.errors import UserError
+from spkid.errors import UserError, one_line, one_of
 from spkid.evaluation import Evaluation, UtteranceEmbedder
-from spkid.files import save_atomically
+from spkid.features import LogMel
+from spkid.files import read_bounded, save_atomically
 from spkid.hparams import OUTDATED, Settings
+from spkid.inference.questions import Questions
 from spkid.keys import TRAINED, Range
+from spkid.models import WhitenedCosine
+from spkid.models.exported import WhitenedEmbedding
 from spkid.models.masks import absolute_lengths, relative_lengths
 from spkid.trust import (
     MAX_TRIAL,
     Bounded,
     check_size,
     load_weights,
-    one_line,
-    read_bounded,
 )
 
 WEIGHTS = ("embedding_model", "classifier")
@@ -34,15 +39,17 @@ SCORED_BY = (
     *("max_frames_per_batch", "equal_length_batches", "evaluation"),
     *("window_frames", "window_hop"),
 )
+BACKEND = "backend.npz"
 AGAIN = "write it again with train.py --test_only, or train again"
 MAX_NAMES = 2**26  # bytes of speakers.txt
 
 
-class SpeakerIdentifier(nn.Module):
+class SpeakerIdentifier(nn.Module, Questions):
     """Normalisation, embedding model, classifier and the speakers' names.
 
     Validation, the final test, ``predict.py`` and the studies all score
-    through it. It doesn't draw a random number.
+    through it. It doesn't draw a random number. Once training has fitted a
+    back-end, that classifies, and questions about recordings can be asked.
 
     Arguments
     ---------
@@ -61,6 +68,9 @@ class SpeakerIdentifier(nn.Module):
         that aren't exact under padding.
     evaluation, window_frames, window_hop
         As in :class:`spkid.evaluation.UtteranceEmbedder`.
+    silence : str
+        How training's features were made, as in
+        :func:`spkid.audio.speech_blocks`.
 
     Example
     -------
@@ -69,7 +79,7 @@ class SpeakerIdentifier(nn.Module):
     ...     AMSoftmax, MeanPooling, SpeakerEmbedding, TransformerEncoder)
     >>> model = SpeakerEmbedding(TransformerEncoder(40), MeanPooling(80))
     >>> identifier = SpeakerIdentifier(
-    ...     UtteranceNorm(), model, AMSoftmax(80, 2), ["ann", "bob"])
+    ...     UtteranceNorm(), model, AMSoftmax(80, 2), ["ann", "bob"]).eval()
     >>> log_posteriors = identifier.classify(torch.randn(3, 50, 40))
     >>> log_posteriors.shape
     torch.Size([3, 1, 2])
@@ -87,12 +97,16 @@ class SpeakerIdentifier(nn.Module):
         evaluation: str = "whole",
         window_frames: int = 400,
         window_hop: int = 200,
+        silence: str = "hw4",
     ) -> None:
         super().__init__()
+        self.silence = silence
         self.mean_var_norm = mean_var_norm
         self.embedding_model = embedding_model
         self.classifier = classifier
         self.speakers = tuple(speakers)
+        self.answers: WhitenedCosine | None = None  # of the back-end
+        self.log_mel = LogMel()
         self.equal_length = equal_length
         self.embedder = UtteranceEmbedder(
             embedding_model,
@@ -114,6 +128,7 @@ class SpeakerIdentifier(nn.Module):
             modules["classifier"],
             speakers,
             *(modules[key] for key in SCORED_BY),
+            modules.get("silence", "hw4"),
         )
 
     @classmethod
@@ -151,28 +166,56 @@ class SpeakerIdentifier(nn.Module):
                 )
         settings = Settings.of_run(folder)
         settings.need((*TRAINED, *SCORED_BY, "n_mels"), OUTDATED)
-        weights, speakers = {}, _read_speakers(folder / "speakers.txt")
-        for name, path in zip(WEIGHTS, paths, strict=True):
-            try:
-                weights[name] = load_weights(path)
-            except Exception as error:  # torch has many for a bad file
-                raise _damaged(path, error) from None
-        build = partial(settings.build_modules, TRAINED, trust)
-        if not trust:
-            check_size(build, weights, settings.path)
-        modules = build()
-        for name, path in zip(WEIGHTS, paths, strict=True):
-            try:
-                modules[name].load_state_dict(weights[name])
-            except Exception as error:  # another shape, type or name
-                raise _damaged(path, error) from None
+        speakers = _read_speakers(folder / "speakers.txt")
+        weights = dict(zip(WEIGHTS, paths, strict=True))
+        modules = _build(settings, TRAINED, weights, trust)
         made = cls.from_settings(settings.values | modules, speakers).eval()
-        made._try(settings)
-        return made.to(device)
+        size = made._try(settings)
+        made.to(device)
+        path = folder / "model" / BACKEND
+        if path.exists():
+            backend = Backend.load(path)
+            if backend.speakers != made.speakers or backend.size != size:
+                raise _damaged(path, ValueError("it is of another model"))
+            made.set_backend(backend)
+        return made
+
+    @classmethod
+    def from_export(
+        cls, folder: str | Path, device: str = "cpu", trust: bool = False
+    ) -> SpeakerIdentifier:
+        """Loads what ``python -m spkid export`` wrote.
+
+        Arguments and errors are those of :meth:`from_run`; nothing else that
+        the folder's YAML names is built or run.
+        """
+        folder = Path(folder)
+        settings = Settings.of_run(folder)
+        keys = "mean_var_norm", "embedding_model"
+        settings.need((*keys, *SCORED_BY, "n_mels", "silence"), OUTDATED)
+        one_of(settings.values["silence"], SILENCES, f"{settings.path}: silence")
+        weights = {"embedding_model": folder / "embedding_model.ckpt"}
+        modules = _build(settings, keys, weights, trust)
+        backend = Backend.load(folder / BACKEND)
+        whitened = modules["embedding_model"]
+        if not isinstance(whitened, WhitenedEmbedding):
+            raise UserError(
+                f"{settings.path}: embedding_model isn't an export's; write it "
+                "again with python -m spkid export."
+            )
+        modules["embedding_model"] = whitened.embedding_model
+        modules["classifier"] = WhitenedCosine(
+            backend.size, len(backend.speakers)
+        )
+        made = cls.from_settings(settings.values | modules, backend.speakers)
+        made.eval()._try(settings)
+        made.to(device).set_backend(backend)
+        return made
 
     @torch.no_grad()
-    def _try(self, settings: Settings) -> None:
-        """Checks on silence that the parts fit each other and the names."""
+    def _try(self, settings: Settings) -> int:
+        """Checks on silence that the parts fit each other and the names;
+        gives the size of an embedding."""
         n_mels = settings.values["n_mels"]
         Range(1, 10_000).check(n_mels, f"{settings.path}: n_mels")
         large = ValueError("it makes gigabytes of a second of silence")
@@ -193,9 +236,33 @@ class SpeakerIdentifier(nn.Module):
                 f"{len(self.speakers)} names, but the classifier knows "
                 f"{known} speakers; {AGAIN}."
             )
+        return found.shape[1]
+
+    def set_backend(self, backend: Backend) -> None:
+        """From now on classifies by a back-end."""
+        self.backend, self.speakers = backend, backend.speakers
+        answers = WhitenedCosine(backend.size, len(backend.speakers))
+        for name in ("centre", "projection", "prototypes"):
+            value = torch.from_numpy(np.asarray(getattr(backend, name)))
+            setattr(answers, name, value.float())
+        answers.scale.fill_(backend.calibration.scale)
+        device = next(self.embedding_model.parameters()).device
+        self.answers = answers.to(device)
+
+    def embed_waveforms(self, waveforms: Sequence[np.ndarray]) -> np.ndarray:
+        """Embeddings [n, size] of speech at 16 kHz, each [samples]."""
+        with torch.no_grad():
+            return np.stack([self._embed_waveform(w) for w in waveforms])
+
+    def _embed_waveform(self, waveform):
+        device = next(self.embedding_model.parameters()).device
+        features = self.log_mel(torch.from_numpy(waveform)[None].to(device))
+        return self.embed(features)[0, 0].cpu().numpy()
 
     def save(self, folder: str | Path) -> None:
-        """Writes the weights and the speakers' names into a run's folder."""
+        """Writes weights, back-end and names into a run's folder."""
+        if self.answers is not None:
+            self.backend.save(Path(folder, "model", BACKEND))
         for name in WEIGHTS:
             weights = io.BytesIO()
             torch.save(getattr(self, name).state_dict(), weights)
@@ -239,9 +306,15 @@ class SpeakerIdentifier(nn.Module):
     ) -> torch.Tensor:
         """Log-posteriors [batch, 1, speakers]; arguments as in
         :meth:`embed`."""
-        return self.classifier(
+        return self.posteriors(
             self.embed(features, relative_lengths, statistics)
         )
+
+    def posteriors(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Log-posteriors [..., speakers] of embeddings [..., size], by the
+        back-end if there is one."""
+        answers = self.classifier if self.answers is None else self.answers
+        return answers(embeddings)
 
     forward = classify
 
@@ -339,7 +412,7 @@ class SpeakerIdentifier(nn.Module):
             scored.append(
                 Evaluation.of_batch(
                     [ids[i] for i in batch],
-                    self.classifier(embeddings.unsqueeze(1)).squeeze(1),
+                    self.posteriors(embeddings.unsqueeze(1)).squeeze(1),
                     torch.tensor(targets, device=embeddings.device),
                     embeddings,
                     counts,
@@ -348,6 +421,31 @@ class SpeakerIdentifier(nn.Module):
                 )
             )
         return Evaluation.concatenate(scored, self.speakers).gather()
+
+
+def _build(
+    settings: Settings,
+    keys: Sequence[str],
+    paths: dict[str, Path],
+    trust: bool,
+) -> dict[str, Any]:
+    """Modules of a YAML file's keys, with the weights of files by key."""
+    weights = {}
+    for name, path in paths.items():
+        try:
+            weights[name] = load_weights(path)
+        except Exception as error:  # torch has many for a bad file
+            raise _damaged(path, error) from None
+    build = partial(settings.build_modules, keys, trust)
+    if not trust:
+        check_size(build, weights, settings.path)
+    modules = build()
+    for name, path in paths.items():
+        try:
+            modules[name].load_state_dict(weights[name])
+        except Exception as error:  # another shape, type or name
+            raise _damaged(path, error) from None
+    return modules
 
 
 def _read_speakers(path: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from spkid.training.brain import RobustBrain, explained
 from spkid.training.checkpoints import AtomicCheckpointer, RunState
+from spkid.training.init_from import TrainedModel
 from spkid.training.loggers import EpochLogger, EpochTensorboardLogger
 from spkid.training.run import RunFolder
 from spkid.training.schedule import LinearRamp, WarmupCosine
@@ -14,6 +15,7 @@ __all__ = [
     "RobustBrain",
     "RunFolder",
     "RunState",
+    "TrainedModel",
     "explained",
     "WarmupCosine",
 ]

@@ -16,15 +16,19 @@ from typing import Any
 from speechbrain.core import RunOptions
 
 from spkid.data import Corpus, FeatureFiles, PackedFeatures
-from spkid.distributed import gather, on_first, rank, world_size
+from spkid.distributed import gather, on_first, rank, together, world_size
 from spkid.errors import UserError, cure_of
 from spkid.evaluation import PARTS, Evaluation, Expectation, by_part, expect
 from spkid.files import lock_folder, read_json, save_atomically
 from spkid.hparams import Settings
+from spkid.inference import SpeakerIdentifier
 from spkid.sessions import sessions_digest
+from spkid.training.checkpoints import AtomicCheckpointer, damaged_file
+from spkid.training.init_from import TrainedModel, check_init_from
 from spkid.training.loggers import check_tensorboard
 
 IDENTITY, SETTINGS = "run.json", "hyperparams.yaml"
+INITIAL = "init_from_sha256"  # of the weights that a run started from
 # What a run writes into its folders. Where one of these stands without a mark
 # of a run beside it or in the folder above, it is the user's own.
 MARKS = (IDENTITY, SETTINGS, "split.json")
@@ -98,10 +102,45 @@ class RunFolder:
                     f"{identity}: is missing, and says of what the checkpoints "
                     "there are; restore it, or give another --save_folder."
                 )
-            check_identity(identity, read_json(identity), self.identity)
+            self._compare(identity)
         if (self.path / "model").exists() and (self.path / IDENTITY).exists():
-            identity = self.path / IDENTITY
-            check_identity(identity, read_json(identity), self.identity)
+            self._compare(self.path / IDENTITY)
+
+    def _compare(self, identity):
+        """With that of the start, which alone has read ``init_from``."""
+        started = read_json(identity)
+        check_identity(identity, started, self.identity)
+        if INITIAL in started:
+            self.identity[INITIAL] = started[INITIAL]
+
+    def begin(
+        self, identifier: SpeakerIdentifier, checkpointer: AtomicCheckpointer
+    ) -> None:
+        """Takes over the weights of ``init_from``, unless the run resumes.
+
+        Raises
+        ------
+        UserError
+            If they can't be read, or are those of another model.
+        """
+        source = self.settings.values["init_from"]
+        if source is None:
+            return
+        with together():
+            found = checkpointer.list_checkpoints()
+            if any(gather([damaged_file(c.path) is None for c in found])[0]):
+                return
+            trained, speakers = TrainedModel.read(source), identifier.speakers
+            trained.fill(identifier.embedding_model, self.settings)
+            classes = trained.fill_classes(
+                identifier.classifier, speakers, self.settings
+            )
+            self.identity[INITIAL] = trained.digest()
+        on_first(
+            print,
+            f"Starts from {trained.path}: the embedding model, and the classes "
+            f"of {classes} of {len(speakers)} speakers",
+        )
 
     def save_settings(self) -> None:
         """Writes hyperparams.yaml: the settings with all overrides."""
@@ -140,6 +179,8 @@ class RunFolder:
             "test": {"accuracy": tested.accuracy(), "loss": tested.mean_loss()},
             "system": self.settings.path.stem,
             **{key: values[key] for key in ("data_folder", "split", "seed")},
+            "init_from": values["init_from"],
+            INITIAL: self.identity.get(INITIAL),
             "scored_by": self.settings.scoring(),
             **results,
         }
@@ -170,8 +211,8 @@ class RunFolder:
 
 def check_start(settings: Settings, options: RunOptions) -> None:
     """Raises UserError, before any data are read, for a test without a
-    checkpoint, for TensorBoard where it isn't installed, and for a log in the
-    place of something else."""
+    checkpoint, for TensorBoard where it isn't installed, for a log in the
+    place of something else, and for a new run's ``init_from``."""
     log = Path(settings.values["train_log"])
     output = os.path.realpath(settings.values["output_folder"])
     names = {*WRITTEN["output_folder"], *MARKS, "lock", "history.json"}
@@ -186,11 +227,14 @@ def check_start(settings: Settings, options: RunOptions) -> None:
     if settings.values["use_tensorboard"]:
         check_tensorboard()
     saved = Path(settings.values["save_folder"])
-    if options.test_only and not any(saved.glob("CKPT*")):
+    if any(saved.glob("CKPT*")):
+        return
+    if options.test_only:
         raise UserError(
             f"{saved}: there is no checkpoint to test; train first, or name "
             "the run's --output_folder."
         )
+    check_init_from(settings)
 
 
 def check_foreign(folder: Path, key: str) -> None:

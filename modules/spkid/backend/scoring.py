@@ -1,0 +1,333 @@
+"""From embeddings to speakers: an affine map, cosines, and what they are worth.
+
+All is NumPy, so that a model exported to ONNX needs no PyTorch.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import norm
+
+from spkid.errors import UserError, one_line
+from spkid.files import check_stored, open_regular, save_atomically
+
+NEAREST = 20  # speakers of the background that a score is compared with
+MAX_BYTES = 2**30  # of a file
+AGAIN = "write it again with train.py --test_only, or train again"
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors [..., size] of length 1; a zero stays zero.
+
+    Example
+    -------
+    >>> unit(np.array([3.0, 4.0])).tolist()
+    [0.6, 0.8]
+    """
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.maximum(lengths, 1e-12)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-posteriors [..., classes] of logits.
+
+    Example
+    -------
+    >>> np.exp(log_softmax(np.zeros(4))).tolist()
+    [0.25, 0.25, 0.25, 0.25]
+    """
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def background_statistics(cosines: np.ndarray) -> np.ndarray:
+    """Mean and deviation of an embedding's cosines with similar speakers.
+
+    They are those of the 2nd to 21st nearest speaker: the nearest may be the
+    one who speaks. Fewer than five speakers say too little: 0 and 1.
+
+    Arguments
+    ---------
+    cosines : np.ndarray [n, background]
+        With each speaker of the background.
+
+    Returns
+    -------
+    np.ndarray [2, n]
+
+    Example
+    -------
+    >>> background_statistics(np.array([[0.9, 0.3, 0.1, 0.3, 0.1]]))[:, 0]
+    array([0.2, 0.1])
+    """
+    n, size = cosines.shape
+    if size < 5:
+        return np.stack((np.zeros(n), np.ones(n)))
+    nearest = -np.sort(-cosines, axis=1)[:, 1 : 1 + NEAREST]
+    return np.stack((nearest.mean(1), np.maximum(nearest.std(1), 1e-3)))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores of recordings that training hasn't heard, as normal laws.
+
+    Attributes
+    ----------
+    scale : float
+        Posteriors are softmax(scale * cosine).
+    gallery : int
+        Speakers whom the strangers were compared with.
+    stranger : tuple of float
+        Mean and deviation of a stranger's score with the likeliest speaker.
+    own : tuple of float
+        Those of a speaker's score with himself in a new session.
+    pair : tuple of float
+        Those of two recordings of different speakers.
+    n : int
+        Recordings that this was measured on; 0: nothing is known.
+    """
+
+    scale: float = 30.0
+    gallery: int = 1
+    stranger: tuple[float, float] = (0.0, 1.0)
+    own: tuple[float, float] = (0.0, 1.0)
+    pair: tuple[float, float] = (0.0, 1.0)
+    n: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """Compares embeddings with enrolled speakers.
+
+    An embedding of length 1 is centred and projected to a space in which the
+    recordings of one speaker vary equally in all directions (within-class
+    covariance normalisation, Hatch et al., 2006). A speaker is the mean of his
+    enrolled embeddings; the cosine with it is the closed-set score. Decisions
+    about strangers use the same cosine, less the mean and over the deviation
+    of those with similar speakers of the background (adaptive T-norm, Sturim
+    and Reynolds, 2005): some voices are near to everybody's.
+
+    Attributes
+    ----------
+    speakers : tuple of str [speakers]
+        Names by index.
+    means : np.ndarray [speakers, size]
+        Mean of each speaker's enrolled embeddings, each of length 1.
+    counts : np.ndarray [speakers]
+        How many there are.
+    background, background_speakers : np.ndarray [n, size], tuple of str [n]
+        Means of the speakers of training, and their names.
+    centre, projection : np.ndarray [size], [size, size]
+        The map: (unit(embedding) - centre) @ projection.
+    calibration : Calibration
+        What scores are worth.
+
+    Example
+    -------
+    >>> backend = Backend.of_means(np.eye(2), ["ann", "bob"])
+    >>> np.exp(backend.log_posteriors(np.array([[5.0, 0.0]]))).round(3).tolist()
+    [[1.0, 0.0]]
+    """
+
+    speakers: tuple[str, ...]
+    means: np.ndarray
+    counts: np.ndarray
+    background: np.ndarray
+    background_speakers: tuple[str, ...]
+    centre: np.ndarray
+    projection: np.ndarray
+    calibration: Calibration = Calibration()
+
+    @classmethod
+    def of_means(
+        cls, means: np.ndarray, speakers: Sequence[str], scale: float = 30.0
+    ) -> Backend:
+        """Plain cosines with means [speakers, size], without a map."""
+        size = means.shape[1]
+        names = tuple(speakers)
+        return cls(
+            *(names, means, np.ones(len(names), np.int64), means, names),
+            *(np.zeros(size, np.float32), np.eye(size, dtype=np.float32)),
+            Calibration(scale, len(names)),
+        )
+
+    @property
+    def size(self) -> int:
+        """Of an embedding."""
+        return len(self.centre)
+
+    @cached_property
+    def prototypes(self) -> np.ndarray:
+        """The enrolled speakers [speakers, size], projected, of length 1."""
+        return unit((self.means - self.centre) @ self.projection)
+
+    def project(self, embeddings: np.ndarray) -> np.ndarray:
+        """Maps embeddings [..., size] to vectors of length 1 to compare."""
+        return unit((unit(embeddings) - self.centre) @ self.projection)
+
+    def cosines(self, embeddings: np.ndarray) -> np.ndarray:
+        """Cosines [n, speakers] of embeddings [n, size]."""
+        return self.project(embeddings) @ self.prototypes.T
+
+    def log_posteriors(self, embeddings: np.ndarray) -> np.ndarray:
+        """Log-posteriors [n, speakers], if an enrolled speaker speaks."""
+        return log_softmax(self.calibration.scale * self.cosines(embeddings))
+
+    def statistics(self, embeddings: np.ndarray) -> np.ndarray:
+        """Background means and deviations [2, n] of embeddings [n, size]."""
+        behind = unit((self.background - self.centre) @ self.projection)
+        return background_statistics(self.project(embeddings) @ behind.T)
+
+    def scores(self, embeddings: np.ndarray) -> np.ndarray:
+        """Normalised scores [n, speakers], which thresholds apply to."""
+        mean, deviation = self.statistics(embeddings)[:, :, None]
+        return (self.cosines(embeddings) - mean) / deviation
+
+    def pair_scores(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Scores [n, m] of each of a [n, size] with each of b [m, size].
+
+        They are normalised by the backgrounds of both (adaptive S-norm,
+        Matejka et al., 2017).
+        """
+        cosines = self.project(a) @ self.project(b).T
+        mean, deviation = self.statistics(a)[:, :, None]
+        other_mean, other_deviation = self.statistics(b)
+        return (
+            (cosines - mean) / deviation
+            + (cosines - other_mean) / other_deviation
+        ) / 2
+
+    def threshold(self, fpir: float) -> float:
+        """Score that a stranger reaches with this rate.
+
+        Arguments
+        ---------
+        fpir : float
+            False-positive identification rate: the share of strangers who are
+            taken for an enrolled speaker. With more enrolled speakers than it
+            was measured with, chance has more tries, and the threshold rises.
+        """
+        measured = self.calibration
+        share = measured.gallery / max(len(self.speakers), 1)
+        mean, deviation = measured.stranger
+        rate = -np.expm1(np.log1p(-fpir) * share)
+        return float(mean + deviation * norm.isf(rate))
+
+    def lowest(self, miss: float = 0.05) -> float:
+        """Score that all but this share of the enrolled speakers reach."""
+        mean, deviation = self.calibration.own
+        return float(mean + deviation * norm.ppf(miss))
+
+    def pair_threshold(self, false_alarm: float) -> float:
+        """Score that pairs of different speakers reach with this rate."""
+        mean, deviation = self.calibration.pair
+        return float(mean + deviation * norm.isf(false_alarm))
+
+    def enroll(self, name: str, embeddings: np.ndarray) -> Backend:
+        """With recordings [n, size] of a speaker, new or enrolled."""
+        vectors = unit(np.asarray(embeddings, np.float64))
+        speakers, means, counts = self.speakers, self.means, self.counts
+        if name not in speakers:
+            speakers = (*speakers, name)
+            means = np.vstack(
+                (means, np.zeros_like(means, shape=self.centre.shape))
+            )
+            counts = np.append(counts, 0)
+        means, counts, i = means.copy(), counts.copy(), speakers.index(name)
+        total = means[i] * counts[i] + vectors.sum(0)
+        counts[i] += len(vectors)
+        means[i] = total / counts[i]
+        return replace(self, speakers=speakers, means=means, counts=counts)
+
+    def forget(self, *names: str) -> Backend:
+        """Without these speakers, who leave the background, too."""
+        kept, behind = (
+            [i for i, speaker in enumerate(speakers) if speaker not in names]
+            for speakers in (self.speakers, self.background_speakers)
+        )
+        return replace(
+            self,
+            speakers=tuple(self.speakers[i] for i in kept),
+            means=self.means[kept],
+            counts=self.counts[kept],
+            background_speakers=tuple(
+                self.background_speakers[i] for i in behind
+            ),
+            background=self.background[behind],
+        )
+
+    def without_speakers(self) -> Backend:
+        """With nobody enrolled; the background stays."""
+        none = self.means[:0]
+        return replace(self, speakers=(), means=none, counts=self.counts[:0])
+
+    def save(self, path: str | Path) -> None:
+        """Writes a NumPy .npz file, which holds no code."""
+        content, arrays = io.BytesIO(), vars(self) | vars(self.calibration)
+        np.savez(content, **{key: np.asarray(arrays[key]) for key in SAVED})
+        save_atomically(content.getvalue(), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Backend:
+        """Reads what :meth:`save` wrote.
+
+        Raises
+        ------
+        UserError
+            If the file is missing, damaged or of an older version.
+        """
+        try:
+            with open_regular(path) as file:
+                if check_stored(file) > MAX_BYTES:
+                    raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+                with np.load(file, allow_pickle=False) as arrays:
+                    found = {key: arrays[key] for key in SAVED}
+            return cls._of_arrays(found)
+        except Exception as error:  # NumPy has many for a bad file
+            raise UserError(
+                f"{path}: can't be loaded ({one_line(error)}); {AGAIN}."
+            ) from None
+
+    @classmethod
+    def _of_arrays(cls, found: dict[str, np.ndarray]) -> Backend:
+        """Checks what a file holds: finite numbers, in shapes that fit."""
+        size = len(found["centre"])
+        n, m = len(found["speakers"]), len(found["background_speakers"])
+        shapes = {
+            **{"means": (n, size), "counts": (n,), "background": (m, size)},
+            **{"centre": (size,), "projection": (size, size)},
+            **{"scale": (), "gallery": (), "n": ()},
+            **dict.fromkeys(("stranger", "own", "pair"), (2,)),
+        }
+        for key, shape in shapes.items():
+            if found[key].shape != shape or not np.isfinite(found[key]).all():
+                raise ValueError(f"{key} isn't finite, or has another shape")
+        for key in ("speakers", "background_speakers"):
+            if found[key].ndim != 1 or found[key].dtype.kind != "U":
+                raise ValueError(f"{key} isn't a list of names")
+        values = {
+            field.name: found[field.name].tolist()
+            for field in fields(Calibration)
+        }
+        for key in ("stranger", "own", "pair"):
+            values[key] = tuple(values[key])
+        return cls(
+            tuple(found["speakers"].tolist()),
+            found["means"],
+            found["counts"],
+            found["background"],
+            tuple(found["background_speakers"].tolist()),
+            found["centre"],
+            found["projection"],
+            Calibration(**values),
+        )
+
+
+SAVED = [f.name for f in (*fields(Backend), *fields(Calibration))]
+SAVED.remove("calibration")
