@@ -23,7 +23,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 
 from spkid.errors import UserError, one_of, run_command
@@ -85,11 +85,18 @@ def identify(arguments: list[str]) -> int:
         action="store_true",
         help="there are no strangers: always name the likeliest speaker",
     )
+    parser.add_argument(
+        "--windows", action="store_true", help="say who speaks when, coarsely"
+    )
     args = parser.parse_args(arguments)
     model, answers, failed = opened(args), [], False
     for file in args.files:
         try:
-            found = model.identify(file, args.fpir, args.closed_set)
+            rule = args.fpir, args.closed_set
+            found = model.identify(file, *rule)
+            if args.windows:
+                segments = model.who_speaks_when(file, *rule)
+                found = replace(found, segments=segments)
         except UserError as error:  # the others are answered
             print(f"Error: {error}", file=sys.stderr)
             failed = True
@@ -97,6 +104,9 @@ def identify(arguments: list[str]) -> int:
         answers.append(found)
         if not args.json:
             print(in_words(found), flush=True)
+            for part in found.segments:
+                who = part.speaker or "unknown or not sure"
+                print(f"  {part.start:.1f} s to {part.end:.1f} s: {who}")
     if args.json:
         print(json.dumps([asdict(found) for found in answers], indent=1))
     if failed:

@@ -10,7 +10,7 @@ import torch
 from spkid.features import (
     LogMel,
     load_features,
-    remove_silence,
+    log_mel_of_blocks,
     waveform_to_features,
 )
 
@@ -80,55 +80,42 @@ def test_log_mel_wrong_shape(shape):
         LogMel()(torch.zeros(shape))
 
 
-def test_silence_inside_and_around_is_removed():
-    waveform = torch.cat(
-        [silence(0.3), tone(0.5), silence(1.0), tone(0.4), silence(0.7)]
-    )
-    kept = remove_silence(waveform)
-    # Each tone keeps the 20 ms during which the window still hears it.
-    assert len(kept) == pytest.approx(0.94 * RATE, abs=20)
-    assert waveform[-1] == 0 and kept.square().mean() > 0.1
+@pytest.mark.parametrize("samples", [1600, 1601, 4321, 20000])
+@pytest.mark.parametrize("chunk", [400, 1000, 3200])
+def test_log_mel_of_blocks_equals_that_of_the_whole(
+    monkeypatch, samples, chunk
+):
+    monkeypatch.setattr("spkid.features.frontend.CHUNK", chunk)
+    rng = np.random.default_rng(0)
+    waveform = rng.normal(0, 0.1, samples).astype(np.float32)
+    whole = LogMel()(torch.from_numpy(waveform)[None])[0]
+    for size in (70, 1000, 9999):
+        blocks = np.split(waveform, range(size, samples, size))
+        got = log_mel_of_blocks(blocks, LogMel())
+        torch.testing.assert_close(got, whole, rtol=0, atol=1e-5)
 
 
-def test_silence_is_removed_at_other_sample_rates():
-    waveform = torch.cat([tone(0.5, 8000), torch.zeros(8000)])
-    kept = remove_silence(waveform, sample_rate=8000)
-    assert len(kept) == pytest.approx(0.52 * 8000, abs=10)
-
-
-def test_short_gap_is_kept():
-    waveform = torch.cat([tone(0.5), silence(0.05), tone(0.5)])
-    kept = remove_silence(waveform)
-    assert len(waveform) - len(kept) < 10  # the soft start of the sine
-    torch.testing.assert_close(kept, waveform[-len(kept) :])
-
-
-def test_short_burst_between_silences_is_dropped():
-    parts = [tone(0.5), silence(0.5), tone(0.03), silence(0.5), tone(0.5)]
-    with_burst = remove_silence(torch.cat(parts))
-    parts[2] = silence(0.03)
-    torch.testing.assert_close(with_burst, remove_silence(torch.cat(parts)))
-
-
-def test_threshold_is_one_percent_of_full_scale():
-    # The root mean square of a sine is its amplitude / sqrt(2).
-    loud = remove_silence(tone(0.5) / 0.5 * 0.0150)
-    quiet = remove_silence(tone(0.5) / 0.5 * 0.0133)
-    assert len(loud) > 0.47 * RATE and len(quiet) == 0
-
-
-def test_remove_silence_of_nothing():
-    assert len(remove_silence(torch.zeros(0))) == 0
-    with pytest.raises(ValueError, match="shape"):
-        remove_silence(torch.zeros(2, 1600))
+def test_log_mel_of_blocks_with_other_sizes(monkeypatch):
+    monkeypatch.setattr("spkid.features.frontend.CHUNK", 900)
+    logmel = LogMel(n_fft=512, win_length=400, hop_length=320, n_mels=20)
+    waveform = torch.randn(7000, generator=torch.Generator().manual_seed(0))
+    got = log_mel_of_blocks(waveform.split(450), logmel)
+    whole = logmel(waveform[None])[0]
+    torch.testing.assert_close(got, whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "waveform", [silence(1), torch.zeros(0), tone(0.05), torch.zeros(2, 1600)]
+    "waveform", [silence(1), tone(0.05), torch.zeros(2, 1600)]
 )
 def test_only_silence_is_an_error(waveform):
     with pytest.raises(ValueError, match="silent"):
         waveform_to_features(waveform, RATE)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+def test_nothing_is_an_error(shape):
+    with pytest.raises(ValueError, match="empty"):
+        waveform_to_features(torch.zeros(shape), RATE)
 
 
 def test_not_finite_is_an_error():
@@ -170,6 +157,17 @@ def test_load_features(tmp_path):
     soundfile.write(path, stereo.T.numpy(), 44100, subtype="PCM_24")
     expected = waveform_to_features(stereo, 44100)
     torch.testing.assert_close(load_features(path), expected, rtol=0, atol=0.01)
+
+
+def test_silence_by_the_detector(tmp_path):
+    """A tone is loud, but nobody speaks."""
+    path = tmp_path / "tone.wav"
+    soundfile.write(path, tone(1.0).numpy(), RATE)
+    assert len(load_features(path)) >= 100
+    with pytest.raises(ValueError, match=r"tone\.wav: No speech"):
+        load_features(path, silence="vad")
+    with pytest.raises(ValueError, match=r"^No speech"):
+        waveform_to_features(tone(1.0), RATE, silence="vad")
 
 
 def test_load_features_names_the_file(tmp_path):

@@ -150,6 +150,29 @@ def test_a_long_recording_is_the_mean_of_its_pieces(model, tmp_path):
     assert model.identify(path).speaker == "bob"
 
 
+def test_who_speaks_when(command, tmp_path, monkeypatch):
+    """The detector hears no tones, so that its places are given."""
+    hertz = [600, 600, 2600, 100, 100]
+    time = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
+    tones = [0.5 * np.sin(2 * np.pi * pitch * time) for pitch in hertz]
+    path = tmp_path / "meeting.wav"
+    soundfile.write(path, np.concatenate(tones), SAMPLE_RATE)
+    places = [(i * 32_000, (i + 1) * 32_000) for i in range(5)]
+    module = sys.modules["spkid.audio.speech"]  # a function has its name
+    monkeypatch.setattr(module, "_places", lambda *_: places)
+    said = command("identify", path, "--windows", "--json")[1]
+    segments = json.loads(said)[0]["segments"]
+    assert [
+        (part["start"], part["end"], part["speaker"]) for part in segments
+    ] == [(0, 4, "bob"), (4, 6, None), (6, 10, "ann")]
+    said = command("identify", path, "--windows")[1]
+    assert said.splitlines()[1:] == [
+        "  0.0 s to 4.0 s: bob",
+        "  4.0 s to 6.0 s: unknown or not sure",
+        "  6.0 s to 10.0 s: ann",
+    ]
+
+
 def test_identify_in_words_and_as_json(command, tmp_path):
     bob, stranger = tone(tmp_path, "b", 600), tone(tmp_path, "s", 2600)
     status, said, _ = command("identify", bob, stranger)

@@ -4,12 +4,12 @@
 lengths; the augmentations take numbers of frames, and refuse fractions.
 """
 
+from spkid.audio import SAMPLE_RATE
 from spkid.features.augment import ChannelAugment, SpectrogramMasking
 from spkid.features.frontend import (
-    SAMPLE_RATE,
     LogMel,
     load_features,
-    remove_silence,
+    log_mel_of_blocks,
     waveform_to_features,
 )
 from spkid.features.preprocess import (
@@ -28,7 +28,7 @@ __all__ = [
     "SpectrogramMasking",
     "UtteranceNorm",
     "load_features",
-    "remove_silence",
+    "log_mel_of_blocks",
     "utterance_statistics",
     "waveform_to_features",
 ]

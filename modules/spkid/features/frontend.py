@@ -1,82 +1,22 @@
 """From a recording to log-mels, as in the HW4 feature files.
 
-A recording is averaged to mono, resampled to 16 kHz and normalised to a peak
-of -3 dB; silences are removed; 40 log-mel bands are computed, 100 frames a
+:mod:`spkid.audio` makes speech at 16 kHz of a recording, with its peak at -3
+dB and without its silences; 40 log-mel bands are computed here, 100 frames a
 second. The mean is left in: :class:`spkid.features.UtteranceNorm` removes it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
-import soundfile
+import numpy as np
 import torch
-from torchaudio.functional import resample
 from torchaudio.transforms import MelSpectrogram
 
-SAMPLE_RATE = 16000  # Hz, of every feature
-PEAK = 10 ** (-3 / 20)  # -3 dB of full scale
+from spkid.audio import SAMPLE_RATE, speech, speech_blocks
 
-
-def remove_silence(
-    waveform: torch.Tensor,
-    sample_rate: int = SAMPLE_RATE,
-    min_silence: float = 0.1,
-    threshold: float = 0.01,
-) -> torch.Tensor:
-    """Removes long silences, as ``sox silence 1 0.1 1% -1 0.1 1%`` does.
-
-    A sample is loud if the root mean square of the 20 ms that end with it
-    reaches the threshold. Loud and quiet runs alternate. Of the runs of at
-    least ``min_silence``, loud ones are kept and quiet ones removed; a shorter
-    run is treated like the last long one before it. So a short pause inside
-    speech is kept, and a click inside a silence is removed.
-
-    Arguments
-    ---------
-    waveform : torch.Tensor [samples]
-        Floating point, with full scale at 1.
-    sample_rate : int
-        Samples per second.
-    min_silence : float
-        Shortest silence that is removed and shortest sound that ends it, in
-        seconds.
-    threshold : float
-        Root mean square of the quietest sound, as a fraction of full scale.
-
-    Returns
-    -------
-    torch.Tensor [kept samples]
-        The kept parts, joined; empty if nothing is loud.
-
-    Example
-    -------
-    >>> tone = torch.cos(torch.arange(8000) * 0.1)
-    >>> recording = torch.cat([tone, torch.zeros(16000), tone])
-    >>> remove_silence(recording).numel()  # 20 ms of the silence remain
-    16319
-    """
-    if waveform.dim() != 1:
-        raise ValueError(
-            "A waveform must have the shape [samples], not "
-            f"{list(waveform.shape)}."
-        )
-    if len(waveform) == 0:
-        return waveform
-    window = round(0.02 * sample_rate)
-    energy = waveform.double().square().cumsum(0)
-    energy[window:] -= energy[:-window].clone()
-    loud = energy >= window * threshold**2
-
-    is_loud, run, length = loud.unique_consecutive(
-        return_inverse=True, return_counts=True
-    )
-    index = torch.arange(1, len(length) + 1, device=waveform.device)
-    is_long = length >= min_silence * sample_rate
-    last_long = torch.where(is_long, index, 0).cummax(0).values
-    # Index 0, where there is no long run yet, counts as silence.
-    kept = torch.cat([is_loud.new_zeros(1), is_loud])[last_long]
-    return waveform[kept[run]]
+CHUNK = 30 * SAMPLE_RATE  # samples that are transformed at once
 
 
 class LogMel(torch.nn.Module):
@@ -152,10 +92,62 @@ class LogMel(torch.nn.Module):
         return mel.clamp(min=self.floor).log().transpose(1, 2)
 
 
+def log_mel_of_blocks(
+    blocks: Iterable[np.ndarray], logmel: LogMel
+) -> torch.Tensor:
+    """Log-mels of a waveform that comes in blocks, as of the whole.
+
+    Only a chunk of the waveform is held. Two chunks overlap by the frames
+    whose windows reach over a chunk's end.
+
+    Arguments
+    ---------
+    blocks : iterable of np.ndarray [samples]
+        Float32.
+    logmel : LogMel
+        On any device.
+
+    Returns
+    -------
+    torch.Tensor [frames, n_mels]
+        On the device of ``logmel``.
+
+    Raises
+    ------
+    ValueError
+        If there are too few samples for a frame.
+
+    Example
+    -------
+    >>> wave, log_mel = np.random.rand(48000).astype("float32"), LogMel()
+    >>> parts = log_mel_of_blocks(np.split(wave, 3), log_mel)
+    >>> whole = log_mel(torch.from_numpy(wave)[None])[0]
+    >>> torch.equal(parts, whole)
+    True
+    """
+    spectrogram = logmel.melspectrogram
+    hop, half = spectrogram.hop_length, spectrogram.n_fft // 2
+    overlap = -(-half // hop)
+    device = spectrogram.mel_scale.fb.device
+    held, known, parts = np.zeros(0, np.float32), 0, []
+
+    def frames():
+        return logmel(torch.from_numpy(held).to(device)[None])[0]
+
+    for block in blocks:
+        held = np.concatenate((held, block))
+        if len(held) > CHUNK:
+            whole = (len(held) - half) // hop + 1
+            parts.append(frames()[known:whole])
+            held, known = held[(whole - overlap) * hop :], overlap
+    return torch.cat([*parts, frames()[known:]])
+
+
 def waveform_to_features(
     waveform: torch.Tensor,
     sample_rate: int,
     logmel: LogMel | None = None,
+    silence: str = "hw4",
 ) -> torch.Tensor:
     """Makes the features of one recording.
 
@@ -167,11 +159,14 @@ def waveform_to_features(
         Samples per second of the waveform.
     logmel : LogMel, optional
         One to use again; None: made here.
+    silence : str
+        "hw4" removes it as in the HW4 feature files, "vad" by a detector; see
+        :func:`spkid.audio.speech_blocks`.
 
     Returns
     -------
     torch.Tensor [frames, n_mels]
-        Float32, 10 ms a frame.
+        Float32, 10 ms a frame, on the waveform's device.
 
     Raises
     ------
@@ -184,37 +179,21 @@ def waveform_to_features(
     >>> waveform_to_features(stereo, 44100).shape
     torch.Size([101, 40])
     """
-    if waveform.dim() not in (1, 2):
-        raise ValueError(
-            "A recording must have the shape [samples] or [channels, samples], "
-            f"not {list(waveform.shape)}."
-        )
-    waveform = waveform.float()
-    if waveform.dim() == 2:
-        waveform = waveform.mean(0)
-    if sample_rate != SAMPLE_RATE:
-        waveform = resample(waveform, sample_rate, SAMPLE_RATE)
-    peak = waveform.abs().max() if len(waveform) else torch.zeros(())
-    if not peak.isfinite():
-        raise ValueError("The recording has samples that are not finite.")
-    # Digital silence must not become NaN.
-    smallest = torch.finfo(waveform.dtype).tiny
-    waveform = remove_silence(waveform * (PEAK / peak.clamp(min=smallest)))
-    if len(waveform) == 0:
-        raise ValueError(
-            "The recording is silent: no sound lasts 0.1 s or longer."
-        )
+    kept = speech(waveform.detach().cpu().numpy(), sample_rate, silence)
     logmel = LogMel().to(waveform.device) if logmel is None else logmel
-    return logmel(waveform.unsqueeze(0)).squeeze(0).contiguous()
+    return log_mel_of_blocks([kept], logmel)
 
 
-def load_features(path: str | Path) -> torch.Tensor:
-    """Makes the features of an audio file.
+def load_features(path: str | Path, silence: str = "hw4") -> torch.Tensor:
+    """Makes the features of an audio file of any length.
 
     Arguments
     ---------
     path : str or pathlib.Path
-        Any format that libsndfile reads: WAV, FLAC, Ogg, MP3, ...
+        Any format that libsndfile reads: WAV, FLAC, Ogg, MP3, ...; with PyAV
+        also M4A and others.
+    silence : str
+        As of :func:`waveform_to_features`.
 
     Returns
     -------
@@ -228,17 +207,10 @@ def load_features(path: str | Path) -> torch.Tensor:
 
     Example
     -------
-    >>> import tempfile
-    >>> tone = torch.cos(torch.arange(16000) * 0.1)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     soundfile.write(f"{folder}/tone.wav", tone.numpy(), 16000)
-    ...     load_features(f"{folder}/tone.wav").shape
+    >>> import soundfile
+    >>> path = getfixture("tmp_path") / "tone.wav"
+    >>> soundfile.write(path, np.cos(np.arange(16000) * 0.1), 16000)
+    >>> load_features(path).shape
     torch.Size([101, 40])
     """
-    try:
-        samples, sample_rate = soundfile.read(
-            path, dtype="float32", always_2d=True
-        )
-        return waveform_to_features(torch.from_numpy(samples.T), sample_rate)
-    except (ValueError, soundfile.LibsndfileError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    return log_mel_of_blocks(speech_blocks(path, silence), LogMel())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spkid.audio import SAMPLE_RATE, speech_blocks
+from spkid.audio import SAMPLE_RATE, speech_blocks, speech_windows
 from spkid.backend import Backend, unit
 from spkid.errors import UserError
 
@@ -20,6 +20,18 @@ MISSED = 0.05  # of recordings of enrolled speakers, called unknown
 FALSE_ALARM = 0.01  # of pairs of different speakers, called the same
 PIECE = 40 * SAMPLE_RATE  # a longer recording than two is cut into such
 CANDIDATES = 5  # that an answer lists
+WINDOW = 3.0  # seconds
+MIN_WINDOW = SAMPLE_RATE // 4  # samples
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a recording, and who speaks there (None: unknown)."""
+
+    start: float  # seconds
+    end: float
+    speaker: str | None
+    probability: float
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,8 @@ class Identification:
         Speakers and their probabilities, the likeliest first.
     seconds : float
         Of speech.
+    segments : tuple of Segment
+        Who speaks when, where that was asked.
     """
 
     file: str
@@ -52,6 +66,7 @@ class Identification:
     threshold: float
     likeliest: tuple[tuple[str, float], ...]
     seconds: float
+    segments: tuple[Segment, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,8 +108,9 @@ class Questions:
     What implements this has the attributes ``backend`` (a
     :class:`spkid.backend.Backend`) and ``silence`` (of training's features, as
     in :func:`spkid.audio.speech_blocks`), and the method ``embed_waveforms``.
-    A recording is a file of audio. All questions raise ValueError, which names
-    the file, where one has no speech or can't be read.
+    A recording is a file of audio. All questions raise
+    :class:`spkid.errors.AudioError`, which names the file, where one has no
+    speech or can't be read.
 
     Example
     -------
@@ -189,6 +205,29 @@ class Questions:
             *(name, answer, speaker, likeliest[0][1], score, threshold),
             *(likeliest, seconds),
         )
+
+    def who_speaks_when(
+        self, path: str | Path, fpir: float = FPIR, closed_set: bool = False
+    ) -> tuple[Segment, ...]:
+        """Identifies each stretch of at most 3 s of a recording alone.
+
+        It is coarse: a window in which two speak gets one answer, and so short
+        ones are wrong more often than whole recordings. Neighbours with the
+        same answer become one stretch; its probability is their mean. Times
+        are the recording's. Arguments are those of :meth:`identify`.
+        """
+        found: list[list] = []  # start, end, speaker, probabilities
+        for start, end, window in speech_windows(path, WINDOW):
+            if len(window) < MIN_WINDOW:
+                continue
+            embedding = self.embed_waveforms([window])[0]
+            answer = self.answer(path, embedding, 0.0, fpir, closed_set)
+            if found and found[-1][2] == answer.speaker:
+                found[-1][1] = end
+                found[-1][3].append(answer.probability)
+            else:
+                found.append([start, end, answer.speaker, [answer.probability]])
+        return tuple(Segment(*f[:3], float(np.mean(f[3]))) for f in found)
 
     def verify(
         self,
