@@ -6,12 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from spkid.backend import Backend, Calibration, unit
+from spkid.backend import Backend, Calibration, Tail, unit
 from spkid.backend.fit import FOLDS, fit_backend, fit_map
-from spkid.backend.scoring import NEAREST, background_statistics
+from spkid.backend.scoring import NEAREST, background_level
 from spkid.errors import UserError
 from spkid.inference.identifier import SpeakerIdentifier
 
@@ -86,16 +85,27 @@ def test_the_projection_whitens(fitted):
     assert spread.max() / spread.min() < 0.2 * before.max() / before.min()
 
 
-def test_background_statistics_by_loops():
+def test_the_background_level_by_loops():
     rng = np.random.default_rng(1)
     cosines = rng.uniform(-1, 1, (5, 40))
-    for row, mean, deviation in zip(
-        cosines, *background_statistics(cosines), strict=True
-    ):
+    for row, level in zip(cosines, background_level(cosines), strict=True):
         nearest = sorted(row, reverse=True)[1 : 1 + NEAREST]
-        assert mean == pytest.approx(np.mean(nearest))
-        assert deviation == pytest.approx(np.std(nearest))
-    assert background_statistics(cosines[:, :4]).tolist() == [[0] * 5, [1] * 5]
+        assert level == pytest.approx(np.mean(nearest))
+    assert background_level(cosines[:, :1]).tolist() == [0.0] * 5
+    assert background_level(cosines[:, :0]).tolist() == [0.0] * 5
+
+
+def test_a_tail_is_that_of_an_exponential_law():
+    rng = np.random.default_rng(2)
+    scores = 3 + 2 * rng.exponential(size=200_000)
+    tail = Tail.of(scores)
+    for rate in (0.2, 0.05, 0.01, 0.001):
+        assert tail.reached_by(rate) == pytest.approx(
+            3 - 2 * np.log(rate), rel=0.02
+        )
+    assert tail.reached_by(0.9) == tail.reached_by(0.3) == tail.start
+    assert Tail.of(scores[:0]).reached_by(0.01) == 0.0
+    assert Tail.of(scores[:1]).reached_by(0.01) == scores[0]
 
 
 def test_pair_scores_are_symmetric_and_those_of_single_pairs(fitted):
@@ -109,12 +119,15 @@ def test_pair_scores_are_symmetric_and_those_of_single_pairs(fitted):
         assert scores[a, b] == pytest.approx(one, abs=1e-3)
 
 
-def test_thresholds_follow_from_normal_laws(fitted):
-    law = Calibration(30.0, 30, (1.0, 2.0), (9.0, 3.0), (0.0, 1.5), 100)
+def test_thresholds_follow_from_the_tails(fitted):
+    law = Calibration(
+        *(30.0, 30, Tail(0.2, 0.05, 0.3), Tail(-0.4, 0.1, 0.3)),
+        *(Tail(0.0, 0.02, 0.05), 100),
+    )
     backend = replace(fitted[0], calibration=law)
-    assert backend.threshold(0.01) == pytest.approx(1 + 2 * norm.isf(0.01))
-    assert backend.lowest(0.05) == pytest.approx(9 + 3 * norm.ppf(0.05))
-    assert backend.pair_threshold(0.1) == pytest.approx(1.5 * norm.isf(0.1))
+    assert backend.threshold(0.01) == pytest.approx(0.2 + 0.05 * np.log(30))
+    assert backend.lowest(0.05) == pytest.approx(0.4 - 0.1 * np.log(6))
+    assert backend.pair_threshold(0.01) == pytest.approx(0.02 * np.log(5))
     fewer = backend.forget(*names(30)[:20])
     assert fewer.threshold(0.01) < backend.threshold(0.01)
     more = backend
@@ -122,7 +135,7 @@ def test_thresholds_follow_from_normal_laws(fitted):
         more = more.enroll(f"new {i}", np.eye(SIZE)[[i % SIZE]])
     # Twice the speakers, each with half of the rate: 1 - (1 - p) ^ 2 = 0.01.
     assert more.threshold(0.01) == pytest.approx(
-        1 + 2 * norm.isf(1 - 0.99**0.5)
+        0.2 + 0.05 * np.log(0.3 / (1 - 0.99**0.5))
     )
 
 
@@ -158,7 +171,7 @@ def test_with_nobody_enrolled_the_background_stays(fitted):
     assert backend.speakers == ("new",)
     assert backend.log_posteriors(fitted[1]).tolist() == [[0.0]] * 240
     np.testing.assert_array_equal(
-        backend.statistics(fitted[1]), fitted[0].statistics(fitted[1])
+        backend.level(fitted[1]), fitted[0].level(fitted[1])
     )
 
 
@@ -176,7 +189,7 @@ def test_saved_and_loaded_answers_are_the_same_bits(fitted, tmp_path):
         np.testing.assert_array_equal(ask(again, found), ask(backend, found))
 
 
-@pytest.mark.parametrize("key", ["means", "projection", "speakers", "own"])
+@pytest.mark.parametrize("key", ["means", "projection", "speakers", "pair"])
 @pytest.mark.parametrize("change", ["missing", "shape", "nan", "objects"])
 def test_a_damaged_file_is_one_sentence(fitted, tmp_path, key, change):
     path = tmp_path / "b.npz"

@@ -10,7 +10,7 @@ import soundfile
 
 from spkid import cli
 from spkid.audio import SAMPLE_RATE
-from spkid.backend import Backend, Calibration
+from spkid.backend import Backend, Calibration, Tail
 from spkid.errors import UserError
 from spkid.inference import opening
 from spkid.inference.questions import PIECE, Questions, pieces
@@ -45,7 +45,10 @@ def tone(folder, name, hertz, seconds=1.0):
 @pytest.fixture
 def model():
     means = np.eye(SIZE, dtype=np.float32)[:6]
-    law = Calibration(20.0, 6, (2.0, 1.0), (50.0, 20.0), (2.0, 1.0), 100)
+    law = Calibration(
+        *(20.0, 6, Tail(0.2, 0.05, 0.3), Tail(-0.8, 0.1, 0.3)),
+        *(Tail(0.3, 0.05, 0.05), 100),
+    )
     names = ["ann", "bob", "cem", "dee", "eva", "flo"]
     backend = Backend.of_means(means, names)
     return Pitch(replace(backend, calibration=law))
@@ -110,7 +113,7 @@ def test_known_unknown_and_unsure(model, tmp_path):
     assert (stranger.answer, stranger.speaker) == ("unknown", None)
     named = model.identify(tone(tmp_path, "s", 2600), closed_set=True)
     assert named.speaker == named.likeliest[0][0]
-    law = replace(model.backend.calibration, own=(-5.0, 1.0))
+    law = replace(model.backend.calibration, missed=Tail(2.0, 0.1, 0.3))
     model.backend = replace(model.backend, calibration=law)
     unsure = model.identify(tone(tmp_path, "s", 2600))
     assert (unsure.answer, unsure.speaker) == ("unsure", None)

@@ -4,6 +4,6 @@ It is fitted by :func:`spkid.backend.fit.fit_backend`, which needs
 scikit-learn.
 """
 
-from spkid.backend.scoring import Backend, Calibration, log_softmax, unit
+from spkid.backend.scoring import Backend, Calibration, Tail, log_softmax, unit
 
-__all__ = ["Backend", "Calibration", "log_softmax", "unit"]
+__all__ = ["Backend", "Calibration", "Tail", "log_softmax", "unit"]

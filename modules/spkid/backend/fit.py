@@ -22,13 +22,15 @@ from sklearn.covariance import shrunk_covariance
 from spkid.backend.scoring import (
     Backend,
     Calibration,
-    background_statistics,
+    Tail,
     log_softmax,
     unit,
 )
 
 FOLDS = 10
 SHRINKAGE = 0.1
+# The highest shares of scores, whose laws are fitted; pairs are many.
+TAILS = {"stranger": 0.3, "missed": 0.3, "pair": 0.05}
 MOST = 2_000  # utterances that stand in where nothing is held out
 SCALES = (1.0, 200.0)  # of cosines
 
@@ -143,8 +145,7 @@ def fit_backend(
         return_inverse=True,
     )[1]
     cosines = np.zeros((len(probes), len(speakers)), np.float32)
-    scores: dict[str, list[np.ndarray]]
-    scores = {"stranger": [], "own": [], "pair": []}
+    scores: dict[str, list[np.ndarray]] = {key: [] for key in TAILS}
     for fold in range(FOLDS):
         inside = groups % FOLDS == fold
         if not inside.any():
@@ -157,11 +158,8 @@ def fit_backend(
         inside &= measured
         own, target = embeddings[probes[inside]], owner[inside]
         enrolled = without.counts[target] > 0
-        others = cosines[inside][enrolled]
-        rows = np.arange(len(others)), target[enrolled]
-        cosine, others[rows] = others[rows], -1.0
-        mean, deviation = background_statistics(-np.sort(-others)[:, :-1])
-        scores["own"].append((cosine - mean) / deviation)
+        found = without.scores(own)[enrolled, target[enrolled]]
+        scores["missed"].append(-found)
         strange = ~np.isin(targets, target)
         if not (strange.any() and len(own)):
             continue
@@ -170,21 +168,16 @@ def fit_backend(
         scores["stranger"].append(without.scores(own).max(1))
         pairs = without.pair_scores(own, embeddings[probes[measured]])
         scores["pair"].append(pairs[target[:, None] != owner[measured]])
-    law = {key: _law(values) for key, values in scores.items()}
+    law = {
+        key: Tail.of(np.concatenate([np.zeros(0), *scores[key]]), share)
+        for key, share in TAILS.items()
+    }
     scale = _fit_scale(cosines[measured], owner[measured])
     whole = fit_map(embeddings, targets, speakers)
     n = int(measured.sum()) if held_out.any() else 0
     calibration = Calibration(scale, len(speakers), **law, n=n)
     fitted = replace(whole, calibration=calibration)
     return Fitted(fitted, log_softmax(scale * cosines)[: held_out.sum()])
-
-
-def _law(found: list[np.ndarray]) -> tuple[float, float]:
-    """Mean and deviation of what was found; (0, 1) of fewer than two."""
-    values = np.concatenate([np.zeros(0), *found])
-    if len(values) < 2:
-        return 0.0, 1.0
-    return float(values.mean()), float(max(values.std(ddof=1), 1e-6))
 
 
 def _fit_scale(cosines: np.ndarray, targets: np.ndarray) -> float:

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import norm
 
 from spkid.errors import UserError, one_line
 from spkid.files import check_stored, open_regular, save_atomically
 
-NEAREST = 20  # speakers of the background that a score is compared with
+NEAREST = 5  # speakers of the background that a score is compared with
+TAILS = ("stranger", "missed", "pair")
 MAX_BYTES = 2**30  # of a file
 AGAIN = "write it again with train.py --test_only, or train again"
 
@@ -46,11 +47,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
-def background_statistics(cosines: np.ndarray) -> np.ndarray:
-    """Mean and deviation of an embedding's cosines with similar speakers.
+def background_level(cosines: np.ndarray) -> np.ndarray:
+    """Mean of an embedding's cosines with similar speakers.
 
-    They are those of the 2nd to 21st nearest speaker: the nearest may be the
-    one who speaks. Fewer than five speakers say too little: 0 and 1.
+    They are the 2nd to 6th nearest: the nearest may be the one who speaks.
 
     Arguments
     ---------
@@ -59,23 +59,56 @@ def background_statistics(cosines: np.ndarray) -> np.ndarray:
 
     Returns
     -------
-    np.ndarray [2, n]
+    np.ndarray [n]
+        0 without a second speaker.
 
     Example
     -------
-    >>> background_statistics(np.array([[0.9, 0.3, 0.1, 0.3, 0.1]]))[:, 0]
-    array([0.2, 0.1])
+    >>> background_level(np.array([[0.9, 0.25, 0.75]])).tolist()
+    [0.5]
     """
-    n, size = cosines.shape
-    if size < 5:
-        return np.stack((np.zeros(n), np.ones(n)))
     nearest = -np.sort(-cosines, axis=1)[:, 1 : 1 + NEAREST]
-    return np.stack((nearest.mean(1), np.maximum(nearest.std(1), 1e-3)))
+    return nearest.sum(axis=1) / max(nearest.shape[1], 1)
+
+
+class Tail(NamedTuple):
+    """The upper end of scores, as an exponential law.
+
+    Where the highest share of them begins, and by how much these exceed it in
+    the mean: peaks over a threshold (Davison and Smith, 1990).
+
+    Example
+    -------
+    >>> scores = np.random.default_rng(0).exponential(size=10_000)
+    >>> round(Tail.of(scores).reached_by(0.01), 1)  # -log(0.01)
+    4.6
+    """
+
+    start: float = 0.0
+    excess: float = 0.0
+    share: float = 1.0
+
+    @classmethod
+    def of(cls, scores: np.ndarray, share: float = 0.3) -> Tail:
+        """Fits scores [n]; none give zeros."""
+        if not len(scores):
+            return cls()
+        start = float(np.quantile(scores, 1 - share))
+        above = scores[scores >= start] - start
+        return cls(start, float(above.mean()), share)
+
+    def reached_by(self, rate: float) -> float:
+        """The score that this rate of them reaches; at most ``share``."""
+        beyond = np.log(self.share / min(rate, self.share))
+        return self.start + self.excess * float(beyond)
+
+
+NOTHING = Tail()
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores of recordings that training hasn't heard, as normal laws.
+    """What scores are worth, by recordings that training hasn't heard.
 
     Attributes
     ----------
@@ -83,21 +116,21 @@ class Calibration:
         Posteriors are softmax(scale * cosine).
     gallery : int
         Speakers whom the strangers were compared with.
-    stranger : tuple of float
-        Mean and deviation of a stranger's score with the likeliest speaker.
-    own : tuple of float
-        Those of a speaker's score with himself in a new session.
-    pair : tuple of float
-        Those of two recordings of different speakers.
+    stranger : Tail
+        A stranger's score with the likeliest speaker.
+    missed : Tail
+        A speaker's score in a new session, negated.
+    pair : Tail
+        Two recordings of different speakers.
     n : int
-        Recordings that this was measured on; 0: nothing is known.
+        Recordings that this was measured on; 0: nothing was held out.
     """
 
     scale: float = 30.0
     gallery: int = 1
-    stranger: tuple[float, float] = (0.0, 1.0)
-    own: tuple[float, float] = (0.0, 1.0)
-    pair: tuple[float, float] = (0.0, 1.0)
+    stranger: Tail = NOTHING
+    missed: Tail = NOTHING
+    pair: Tail = NOTHING
     n: int = 0
 
 
@@ -109,9 +142,9 @@ class Backend:
     recordings of one speaker vary equally in all directions (within-class
     covariance normalisation, Hatch et al., 2006). A speaker is the mean of his
     enrolled embeddings; the cosine with it is the closed-set score. Decisions
-    about strangers use the same cosine, less the mean and over the deviation
-    of those with similar speakers of the background (adaptive T-norm, Sturim
-    and Reynolds, 2005): some voices are near to everybody's.
+    about strangers use the same cosine, less the mean of those with similar
+    speakers of the background (after adaptive T-norm, Sturim and Reynolds,
+    2005): some voices and rooms are near to everybody's.
 
     Attributes
     ----------
@@ -179,29 +212,23 @@ class Backend:
         """Log-posteriors [n, speakers], if an enrolled speaker speaks."""
         return log_softmax(self.calibration.scale * self.cosines(embeddings))
 
-    def statistics(self, embeddings: np.ndarray) -> np.ndarray:
-        """Background means and deviations [2, n] of embeddings [n, size]."""
+    def level(self, embeddings: np.ndarray) -> np.ndarray:
+        """Background levels [n] of embeddings [n, size]."""
         behind = unit((self.background - self.centre) @ self.projection)
-        return background_statistics(self.project(embeddings) @ behind.T)
+        return background_level(self.project(embeddings) @ behind.T)
 
     def scores(self, embeddings: np.ndarray) -> np.ndarray:
         """Normalised scores [n, speakers], which thresholds apply to."""
-        mean, deviation = self.statistics(embeddings)[:, :, None]
-        return (self.cosines(embeddings) - mean) / deviation
+        return self.cosines(embeddings) - self.level(embeddings)[:, None]
 
     def pair_scores(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Scores [n, m] of each of a [n, size] with each of b [m, size].
 
-        They are normalised by the backgrounds of both (adaptive S-norm,
+        They are normalised by the backgrounds of both (after adaptive S-norm,
         Matejka et al., 2017).
         """
-        cosines = self.project(a) @ self.project(b).T
-        mean, deviation = self.statistics(a)[:, :, None]
-        other_mean, other_deviation = self.statistics(b)
-        return (
-            (cosines - mean) / deviation
-            + (cosines - other_mean) / other_deviation
-        ) / 2
+        levels = self.level(a)[:, None] + self.level(b)
+        return self.project(a) @ self.project(b).T - levels / 2
 
     def threshold(self, fpir: float) -> float:
         """Score that a stranger reaches with this rate.
@@ -215,19 +242,16 @@ class Backend:
         """
         measured = self.calibration
         share = measured.gallery / max(len(self.speakers), 1)
-        mean, deviation = measured.stranger
-        rate = -np.expm1(np.log1p(-fpir) * share)
-        return float(mean + deviation * norm.isf(rate))
+        rate = -float(np.expm1(np.log1p(-fpir) * share))
+        return measured.stranger.reached_by(rate)
 
     def lowest(self, miss: float = 0.05) -> float:
         """Score that all but this share of the enrolled speakers reach."""
-        mean, deviation = self.calibration.own
-        return float(mean + deviation * norm.ppf(miss))
+        return -self.calibration.missed.reached_by(miss)
 
     def pair_threshold(self, false_alarm: float) -> float:
         """Score that pairs of different speakers reach with this rate."""
-        mean, deviation = self.calibration.pair
-        return float(mean + deviation * norm.isf(false_alarm))
+        return self.calibration.pair.reached_by(false_alarm)
 
     def enroll(self, name: str, embeddings: np.ndarray) -> Backend:
         """With recordings [n, size] of a speaker, new or enrolled."""
@@ -303,7 +327,7 @@ class Backend:
             **{"means": (n, size), "counts": (n,), "background": (m, size)},
             **{"centre": (size,), "projection": (size, size)},
             **{"scale": (), "gallery": (), "n": ()},
-            **dict.fromkeys(("stranger", "own", "pair"), (2,)),
+            **dict.fromkeys(TAILS, (3,)),
         }
         for key, shape in shapes.items():
             if found[key].shape != shape or not np.isfinite(found[key]).all():
@@ -315,8 +339,7 @@ class Backend:
             field.name: found[field.name].tolist()
             for field in fields(Calibration)
         }
-        for key in ("stranger", "own", "pair"):
-            values[key] = tuple(values[key])
+        values |= {key: Tail(*values[key]) for key in TAILS}
         return cls(
             tuple(found["speakers"].tolist()),
             found["means"],

@@ -129,18 +129,22 @@ def log_mel_of_blocks(
     hop, half = spectrogram.hop_length, spectrogram.n_fft // 2
     overlap = -(-half // hop)
     device = spectrogram.mel_scale.fb.device
-    held, known, parts = np.zeros(0, np.float32), 0, []
+    held, known, done = np.zeros(0, np.float32), 0, bytearray()
 
-    def frames():
-        return logmel(torch.from_numpy(held).to(device)[None])[0]
+    def frames(stop: int | None = None) -> bytes:
+        mel = logmel(torch.from_numpy(held).to(device)[None])[0]
+        return mel[known:stop].cpu().numpy().tobytes()
 
     for block in blocks:
         held = np.concatenate((held, block))
         if len(held) > CHUNK:
             whole = (len(held) - half) // hop + 1
-            parts.append(frames()[known:whole])
+            done += frames(whole)
             held, known = held[(whole - overlap) * hop :], overlap
-    return torch.cat([*parts, frames()[known:]])
+    done += frames()
+    # Joining a list of parts would hold all frames twice.
+    joined = torch.frombuffer(done, dtype=torch.float32).to(device)
+    return joined.view(-1, spectrogram.n_mels)
 
 
 def waveform_to_features(
