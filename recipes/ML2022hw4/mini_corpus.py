@@ -3,12 +3,14 @@
 
 Usage: python mini_corpus.py FOLDER [--seed 0] [--n_speakers 24]
                              [--n_sessions 4] [--n_sentences 5]
+                             [--recordings DIR]
 
 With it the whole recipe runs without the real data. By default, 24 espeak-ng
 voices read everyday sentences. Each recording session has its own room, noise,
 microphone and mood of the speaker. As in the real task, the test consists of
 sessions that are not in the training set. On one machine, the same arguments
-give the same bytes.
+give the same bytes. DIR gets what the features were made of, as
+speaker/session/uttr-….wav.
 """
 
 import signal
@@ -37,6 +39,7 @@ from uuid import uuid4
 
 import numpy as np
 import torch
+from scipy.io import wavfile
 from scipy.signal import fftconvolve, firwin2, resample_poly
 from tqdm import tqdm
 
@@ -261,8 +264,17 @@ def _start_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
+def _write_wav(path: Path, waveform: torch.Tensor) -> None:
+    """Writes float32 samples; a power of two that brings the peak below 1
+    changes no bit of their features."""
+    scale = 0.5 ** int(np.frexp(waveform.abs().max().item())[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # soundfile would write the time of day into a file of floats.
+    wavfile.write(path, SAMPLE_RATE, (waveform * scale).float().numpy())
+
+
 def _record_speaker(
-    folder, seed, n_sessions, n_sentences, number, name, voice
+    folder, recordings, seed, n_sessions, n_sentences, number, name, voice
 ) -> list[tuple[int, dict]]:
     """Writes one speaker's files; returns each one's (session, entry)."""
     rng = np.random.default_rng([seed, 1, number])
@@ -283,6 +295,9 @@ def _record_speaker(
             key = f"{seed}/{name}/{session}/{i}".encode()
             path = f"uttr-{hashlib.blake2b(key, digest_size=16).hexdigest()}.pt"
             torch.save(features, folder / path)
+            if recordings:
+                place = recordings / name / f"session{session}"
+                _write_wav((place / path).with_suffix(".wav"), waveform)
             entry = {"feature_path": path, "mel_len": len(features)}
             entries.append((session, entry))
     return entries
@@ -323,6 +338,7 @@ def build(
     n_speakers: int = 24,
     n_sessions: int = 4,
     n_sentences: int = 5,
+    recordings: Path | None = None,
     progress: bool = True,
 ) -> Path:
     """Builds the corpus on all cores, unless it exists; returns its folder.
@@ -343,13 +359,16 @@ def build(
     n_sessions, n_sentences : int
         Training sessions per speaker, and utterances per session. The test
         has one more session, with one more utterance.
+    recordings : pathlib.Path, optional
+        A new folder for the waveforms, too: speaker/session/uttr-….wav, each
+        named like its feature file.
     progress : bool
         Whether to show a progress bar.
 
     Raises
     ------
     UserError
-        If espeak-ng is missing, if a number is out of its range, or if the
+        If espeak-ng is missing, if a number is out of its range, or if a
         folder can't be written or has files.
 
     Example
@@ -365,6 +384,11 @@ def build(
     UP_TO_1000.check(n_sessions, "n_sessions")
     UP_TO_1000.check(n_sentences, "n_sentences")
     folder = Path(folder)
+    if recordings and any(map(os.path.lexists, (folder, recordings))):
+        raise UserError(
+            f"{recordings}: recordings are written with a new corpus only; "
+            "name two folders that don't exist yet."
+        )
     if os.path.isfile(folder / "metadata.json"):
         return folder
     Espeak()  # report a missing library before any work
@@ -379,7 +403,8 @@ def build(
                 "a new folder."
             )
         part.mkdir(parents=True)
-        _record(part, seed, n_speakers, n_sessions, n_sentences, progress)
+        sizes = n_speakers, n_sessions, n_sentences
+        _record(part, recordings, seed, *sizes, progress)
         if target.exists():
             target.rmdir()  # it is empty; Windows can't rename onto a folder
         part.rename(target)
@@ -397,7 +422,9 @@ def build(
     return folder
 
 
-def _record(folder, seed, n_speakers, n_sessions, n_sentences, progress):
+def _record(
+    folder, recordings, seed, n_speakers, n_sessions, n_sentences, progress
+):
     """Writes the corpus into an empty folder, each speaker in a process."""
     rng = np.random.default_rng([seed, 0])
     numbers = rng.choice(np.arange(10, 10000), n_speakers, replace=False)
@@ -408,7 +435,8 @@ def _record(folder, seed, n_speakers, n_sessions, n_sentences, progress):
         f"{accents[i % len(accents)]}+{variants[i % len(variants)]}"
         for i in range(n_speakers)
     ]
-    record = partial(_record_speaker, folder, seed, n_sessions, n_sentences)
+    places = folder, recordings
+    record = partial(_record_speaker, *places, seed, n_sessions, n_sentences)
     with ProcessPoolExecutor(
         min(os.cpu_count() or 1, n_speakers, 32),
         mp_context=get_context("spawn"),
@@ -431,6 +459,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--n_speakers", type=int, default=24)
     parser.add_argument("--n_sessions", type=int, default=4)
     parser.add_argument("--n_sentences", type=int, default=5)
+    parser.add_argument(
+        "--recordings", type=Path, help="a new folder for WAV files, too"
+    )
     build(**vars(parser.parse_args(arguments)))
 
 

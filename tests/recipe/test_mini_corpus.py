@@ -7,13 +7,17 @@ import os
 import re
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from harness import run, train_arguments
 
 import mini_corpus
+from spkid.data import prepare_audio
 from spkid.errors import UserError
+from spkid.features import load_features
 
 pytest.importorskip("espeakng_loader")
 SIZES = {"n_speakers": 3, "n_sessions": 2, "n_sentences": 2}
@@ -25,8 +29,12 @@ def read_json(folder, name):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
+    """With its recordings beside it, which the other one lacks."""
     folder = tmp_path_factory.mktemp("corpus") / "mini"
-    return mini_corpus.build(folder, progress=False, **SIZES)
+    recordings = folder.with_name("voices")
+    return mini_corpus.build(
+        folder, recordings=recordings, progress=False, **SIZES
+    )
 
 
 @pytest.mark.slow
@@ -112,6 +120,48 @@ def test_complete_folder_is_left_alone(corpus):
     before = {path: path.stat().st_mtime_ns for path in corpus.iterdir()}
     assert mini_corpus.build(corpus, seed=1) == corpus
     assert before == {p: p.stat().st_mtime_ns for p in corpus.iterdir()}
+
+
+@pytest.mark.slow
+def test_recordings_hold_what_the_features_are_made_of(corpus):
+    sessions = read_json(corpus, "sessions.json")
+    voices = corpus.with_name("voices")
+    for name, session in sessions.items():
+        speaker, number = session.split("/")
+        path = voices / speaker / f"session{number}" / name
+        path = path.with_suffix(".wav")
+        assert b"PEAK" not in path.read_bytes()[:100]  # has the time of day
+        features = load_features(path, silence="hw4")
+        expected = torch.load(corpus / name, weights_only=True)
+        torch.testing.assert_close(features, expected, atol=1e-3, rtol=0)
+    assert len(list(voices.glob("*/*/*.wav"))) == len(sessions)
+
+
+@pytest.mark.slow
+def test_recordings_become_a_corpus_that_is_trained_on(corpus, tmp_path):
+    """Their speech is found, and the recipe takes what is made of it."""
+    voices, data = corpus.with_name("voices"), tmp_path / "data"
+    found = prepare_audio(voices, data, "vad", 0.3, progress=False)
+    assert {one.verdict for one in found} == {"ok"}
+    truth = read_json(corpus, "sessions.json")
+    names = {one.path: Path(one.path).with_suffix(".pt").name for one in found}
+    for one in found:
+        number = one.session.removeprefix("session")
+        assert truth[names[one.path]] == f"{one.speaker}/{number}"
+        assert (one.part == "test") == (number == "2")
+        assert 0.5 < one.speech_seconds / one.seconds <= 1
+    result = run("train", train_arguments(data, tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    assert "read from sessions.json" in result.stdout
+    listed = read_json(data, "testdata.json")["utterances"]
+    lines = (tmp_path / "out/submission.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(listed)
+
+
+def test_recordings_are_written_with_a_new_corpus_only(tmp_path):
+    (tmp_path / "mini").mkdir()
+    with pytest.raises(UserError, match="name two folders that don't exist"):
+        mini_corpus.build(tmp_path / "mini", recordings=tmp_path / "voices")
 
 
 def test_other_files_are_not_touched(tmp_path):

@@ -28,6 +28,8 @@ from spkid.data.feature_file import (
     load_feature_file,
 )
 from spkid.data.pack import PackedFeatures
+from spkid.data.prepared import Recording
+from spkid.data.recordings import prepare_audio
 
 __all__ = [
     "Corpus",
@@ -37,6 +39,7 @@ __all__ = [
     "LengthBatches",
     "POLICIES",
     "PackedFeatures",
+    "Recording",
     "SAMPLERS",
     "SPEAKERS",
     "ShuffledBatches",
@@ -50,5 +53,6 @@ __all__ = [
     "manifest",
     "only_speakers",
     "open_features",
+    "prepare_audio",
     "train_loader",
 ]
