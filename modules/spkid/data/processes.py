@@ -47,7 +47,7 @@ def in_processes(work: Callable, chunks: Sequence, folder: Path) -> Generator:
     if count > 1:
         try:
             pool = ProcessPoolExecutor(
-                count, get_context("fork"), initializer=_start_worker
+                count, get_context("fork"), initializer=start_worker
             )
         except (OSError, NotImplementedError):  # /dev/shm is full or missing
             count = 1
@@ -72,12 +72,19 @@ def in_processes(work: Callable, chunks: Sequence, folder: Path) -> Generator:
             ) from None
 
 
-def _start_worker() -> None:
-    """Its parent ends it, or the parent's death."""
+def start_worker() -> None:
+    """Prepares a worker process: its parent ends it, or the parent's death.
+
+    Example
+    -------
+    >>> pool = ProcessPoolExecutor(1, get_context("spawn"), start_worker)
+    >>> pool.shutdown()
+    """
     # What the parent does on a signal is not for its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     torch.set_num_threads(1)
     Thread(target=_end_with_parent, daemon=True).start()
 

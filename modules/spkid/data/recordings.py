@@ -17,7 +17,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import (
@@ -26,9 +25,8 @@ from concurrent.futures import (
     as_completed,
 )
 from functools import partial
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import active_children, get_context
 from pathlib import Path
-from threading import Thread
 
 import torch
 from tqdm import tqdm
@@ -45,6 +43,7 @@ from spkid.data.prepared import (
     save_table,
     summary,
 )
+from spkid.data.processes import start_worker
 from spkid.errors import UserError, one_line, one_of
 from spkid.features import load_features
 from spkid.files import flush, lock_folder
@@ -277,9 +276,9 @@ def _read(root: str, folder: Path, silence: str, path: str) -> dict:
         measured["sample_rate"] = facts.sample_rate
         measured["channels"] = facts.channels
         features = load_features(file, silence)
-    except UserError:  # something isn't installed
-        raise
     except Exception as error:  # one bad file stops nothing
+        if type(error) is UserError:  # something isn't installed
+            raise
         what = "no speech" if measured else "unreadable"
         words = one_line(error).removeprefix(f"{file}: ").replace("; ", ", ")
         return {**measured, "reason": f"{what}: {words}"}
@@ -326,7 +325,7 @@ def _in_workers(
         others = set(active_children())
         try:
             count = min(processes, len(waiting), 61)  # Windows has no more
-            pool = ProcessPoolExecutor(count, context, _start_worker)
+            pool = ProcessPoolExecutor(count, context, start_worker)
         except (OSError, NotImplementedError):  # /dev/shm is full or missing
             yield from ((job, work(job)) for job in waiting)
             return
@@ -349,19 +348,6 @@ def _in_workers(
             what = "the process that read it was killed, for want of memory?"
             yield job, {"reason": f"unreadable: {what}"}
         processes = 1
-
-
-def _start_worker() -> None:
-    """Its parent ends it: by a signal, or by its own end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent_process().join()  # type: ignore[union-attr]
-    os._exit(1)
 
 
 def main(arguments: list[str]) -> None:
