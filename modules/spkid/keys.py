@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from spkid.audio import SILENCES
 from spkid.data import DTYPES, POLICIES, SAMPLERS, SPEAKERS
 from spkid.errors import UserError
 from spkid.evaluation import EVALUATIONS
@@ -67,6 +68,7 @@ KEYS = {
     "on_bad_file": Key(POLICIES, FREE),
     "max_bad_share": Key(SHARE, FREE),
     "speakers": Key(SPEAKERS, FREE),  # the data's digest tells them
+    "silence": Key(SILENCES, FREE),  # the features' digest tells it
     "split": Key(SPLITS),
     "sessions": Key(SOURCES),
     "valid_fraction": Key(Range(0.0, 1.0, open=True)),
