@@ -189,6 +189,18 @@ def test_saved_and_loaded_answers_are_the_same_bits(fitted, tmp_path):
         np.testing.assert_array_equal(ask(again, found), ask(backend, found))
 
 
+def test_a_gallery_without_speakers_is_saved_and_loaded(fitted, tmp_path):
+    fitted[0].without_speakers().save(tmp_path / "b.npz")
+    assert Backend.load(tmp_path / "b.npz").speakers == ()
+    fitted[0].forget(*names(30)).save(tmp_path / "b.npz")
+    again = Backend.load(tmp_path / "b.npz")
+    assert again.background_speakers == ()
+    assert (
+        again.enroll("new", fitted[1][:4]).level(fitted[1]).tolist()
+        == [0] * 240
+    )
+
+
 @pytest.mark.parametrize("key", ["means", "projection", "speakers", "pair"])
 @pytest.mark.parametrize("change", ["missing", "shape", "nan", "objects"])
 def test_a_damaged_file_is_one_sentence(fitted, tmp_path, key, change):

@@ -294,6 +294,8 @@ class Backend:
     def save(self, path: str | Path) -> None:
         """Writes a NumPy .npz file, which holds no code."""
         content, arrays = io.BytesIO(), vars(self) | vars(self.calibration)
+        for key in ("speakers", "background_speakers"):
+            arrays[key] = np.asarray(arrays[key], np.str_)  # () has no type
         np.savez(content, **{key: np.asarray(arrays[key]) for key in SAVED})
         save_atomically(content.getvalue(), path)
 

@@ -193,7 +193,9 @@ class SpeakerIdentifier(nn.Module, Questions):
         settings = Settings.of_run(folder)
         keys = "mean_var_norm", "embedding_model"
         settings.need((*keys, *SCORED_BY, "n_mels", "silence"), OUTDATED)
-        one_of(settings.values["silence"], SILENCES, f"{settings.path}: silence")
+        one_of(
+            settings.values["silence"], SILENCES, f"{settings.path}: silence"
+        )
         weights = {"embedding_model": folder / "embedding_model.ckpt"}
         modules = _build(settings, keys, weights, trust)
         backend = Backend.load(folder / BACKEND)
