@@ -22,6 +22,7 @@ import argparse
 import io
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -39,7 +40,7 @@ ELSEWHERE = {
 
 
 def rate(text: str) -> float:
-    """A rate between 0 and 1, neither included."""
+    """A rate above 0."""
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be between 0 and 1")
@@ -108,7 +109,11 @@ def identify(arguments: list[str]) -> int:
                 who = part.speaker or "unknown or not sure"
                 print(f"  {part.start:.1f} s to {part.end:.1f} s: {who}")
     if args.json:
-        print(json.dumps([asdict(found) for found in answers], indent=1))
+        print(
+            json.dumps(
+                [asdict(found) for found in answers], indent=1, allow_nan=False
+            )
+        )
     if failed:
         return 2
     return int(all(found.speaker is None for found in answers))
@@ -146,7 +151,7 @@ def verify(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     found = opened(args).verify(args.a, args.b, args.false_alarm)
     if args.json:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(asdict(found), allow_nan=False))
     else:
         print(
             f"{'the same speaker' if found.same else 'different speakers'} "
@@ -169,7 +174,7 @@ def enroll(arguments: list[str]) -> int:
 
     def change(model) -> None:
         if args.alone:
-            model.set_backend(model.backend.without_speakers())
+            model.forget(*model.backend.speakers)
         model.enroll(args.name, args.files)
 
     return changed(args, change)
@@ -261,7 +266,11 @@ def run() -> None:
     The command: python -m spkid NAME ..., or spkid NAME ... once installed.
     ...
     """
-    run_command(main, trouble=2)
+    try:
+        run_command(main, trouble=2)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(2)  # 1 is an answer
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import stat
 import zipfile
 from collections import Counter
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from filelock import BaseFileLock, FileLock, Timeout
 
@@ -150,7 +150,7 @@ def read_bounded(path: str | Path, most: int) -> bytes:
         return file.read(most)
 
 
-def check_stored(file: BinaryIO) -> int:
+def check_stored(file: IO[bytes]) -> int:
     """The bytes of a zip's members, none of which is more than it seems.
 
     Raises
@@ -253,7 +253,9 @@ def read_json(path: str | Path, inside: bool = False) -> dict:
     return content
 
 
-def lock_folder(folder: str | Path, key: str = "") -> BaseFileLock | None:
+def lock_folder(
+    folder: str | Path, key: str = "", patience: float = 0
+) -> BaseFileLock | None:
     """Reserves a folder for this process while the returned lock lives.
 
     Two runs in one folder would both write checkpoints of the same epochs.
@@ -266,6 +268,8 @@ def lock_folder(folder: str | Path, key: str = "") -> BaseFileLock | None:
         Is made if it is missing.
     key : str
         The option that names it.
+    patience : float
+        Seconds to wait for another process.
 
     Returns
     -------
@@ -288,11 +292,11 @@ def lock_folder(folder: str | Path, key: str = "") -> BaseFileLock | None:
     lock = FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise UserError(
-            f"{folder}: another process is using it; wait until it ends, or "
-            + (f"give another --{key}." if key else "name another folder.")
+            f"{folder}: another process is using it; wait until it ends, "
+            + (f"or give another --{key}." if key else "and try again.")
         ) from None
     except (OSError, NotImplementedError):
         return None

@@ -259,10 +259,38 @@ def test_embeddings_compare_by_dot_product(command, model, tmp_path):
         )
 
 
-@pytest.mark.parametrize("rate", ["0", "1", "-1", "x", "nan"])
+def test_an_embedding_that_is_not_finite_is_never_enrolled(
+    command, model, tmp_path
+):
+    path = tone(tmp_path, "a", 500)
+    model.embed_waveforms = lambda waveforms: np.full((1, SIZE), np.nan)
+    for name in ("identify", "verify", "enroll", "embed"):
+        status, said, errors = command(name, path, path)
+        assert (status, said) == (2, "")
+        assert "no finite embedding" in errors
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "a\x1b[31m", "x" * 201])
+def test_names_are_one_line(command, tmp_path, name):
+    status, _, errors = command("enroll", name, tone(tmp_path, "a", 500))
+    assert status == 2 and "must be one line" in errors
+
+
+def test_a_gallery_of_other_weights_is_refused(model, tmp_path):
+    other = replace(model.backend, projection=2 * np.eye(SIZE, dtype="f"))
+    opening.save_gallery(tmp_path, other)
+    with pytest.raises(UserError, match="is of other weights; enrol again"):
+        opening.use_gallery(model, tmp_path)
+    (tmp_path / opening.GALLERY).write_text("bad")
+    with pytest.raises(UserError, match=r"can't be loaded.*removing it"):
+        opening.use_gallery(model, tmp_path)
+
+
+@pytest.mark.parametrize("rate", ["0", "1", "-1", "x", "nan", "0.31"])
 def test_a_rate_lies_between_0_and_1(command, tmp_path, rate):
-    status, _, errors = command("identify", tmp_path, "--fpir", rate)
-    assert status == 2 and "--fpir" in errors
+    path = tone(tmp_path, "a", 500)
+    status, _, errors = command("identify", path, "--fpir", rate)
+    assert status == 2 and "fpir" in errors
 
 
 def test_an_onnx_file_is_not_changed(tmp_path):

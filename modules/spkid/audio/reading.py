@@ -14,13 +14,14 @@ from spkid.files import open_regular
 
 SAMPLE_RATE = 16000  # Hz, of every feature
 RATES = 4000, 768000  # Hz, of a file
+LARGEST = 1e30  # sample, at full scale 1; sums of larger ones may overflow
 BLOCK = 2**19  # values that are decoded at once, of all channels
 # What FFmpeg may open: sound, but no list that leads to other files.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,aac,matroska,webm,asf,amr,ac3,caf,aiff,wav"
 
 
 class _SoundFile(soundfile.SoundFile):
-    """Reads from the first sample to the last, whatever the header says."""
+    """Reads on until there is no more, however long the header says it is."""
 
     def seekable(self) -> bool:
         # read() would seek after each block: slow in an MP3, and an error
@@ -32,8 +33,11 @@ def decode(path: str | Path) -> Iterator[tuple[int, np.ndarray]]:
     """Samples of a file as they are in it.
 
     libsndfile reads WAV, FLAC, Ogg, MP3 and more, by content and not by the
-    file's ending. What it refuses, as M4A, PyAV reads where it is installed.
-    Memory doesn't depend on the length, nor on what a header says of it.
+    file's ending. What it refuses, as M4A, PyAV reads where it is installed;
+    and what it finds empty, as a WAV file whose recorder was killed before it
+    wrote the length. A WAV file with a length that is too large is read to its
+    end; one with a length that is too small, to that length. Memory doesn't
+    depend on the length, nor on what a header says of it.
 
     Arguments
     ---------
@@ -58,14 +62,15 @@ def decode(path: str | Path) -> Iterator[tuple[int, np.ndarray]]:
     [(8000, (800, 2))]
     """
     try:
-        open_regular(path).close()
+        opened = open_regular(path)
     except OSError as error:
         raise ValueError(
             f"The file can't be read ({error.strerror}); {cure_of(error)}."
         ) from None
-    done = 0
+    done, refusal = 0, "its header says that it is empty"
     try:
-        with _SoundFile(path) as file:
+        # Not by its name, which may end with .raw, or be no text.
+        with opened, _SoundFile(opened.fileno(), closefd=False) as file:
             count = max(1, BLOCK // file.channels)
             while len(
                 block := file.read(count, dtype="float32", always_2d=True)
@@ -78,7 +83,9 @@ def decode(path: str | Path) -> Iterator[tuple[int, np.ndarray]]:
                 f"The file is damaged after {done:,} samples "
                 f"({_words(error)}); make or download it again."
             ) from None
-        yield from _decode_with_av(path, _words(error))
+        refusal = _words(error)
+    if not done:
+        yield from _decode_with_av(path, refusal)
 
 
 def _words(error: soundfile.LibsndfileError) -> str:
@@ -130,8 +137,8 @@ def at_16_khz(
     Raises
     ------
     ValueError
-        If a sample isn't finite, the sample rate can't be resampled, or rate
-        or channels change within the recording.
+        If a sample isn't finite or is beyond 1e30, the sample rate can't be
+        resampled, or rate or channels change within the recording.
 
     Example
     -------
@@ -198,6 +205,9 @@ def checked(
                 "The sample rate or the number of channels changes within "
                 "the recording; convert it to a WAV file."
             )
-        if not np.isfinite(block).all():
-            raise ValueError("The recording has samples that are not finite.")
+        if not (np.abs(block) < LARGEST).all():
+            raise ValueError(
+                "The recording has samples that are not finite or far too "
+                "large; make or download it again."
+            )
         yield rate, block

@@ -168,7 +168,7 @@ def speech_windows(
     """
     with _named(path):
         found = _survey(at_16_khz(decode(path)))
-        windows = []
+        windows: list[tuple[int, int]] = []
         for start, end in _places(lambda: decode(path), found):
             count = -(-(end - start) // round(seconds * SAMPLE_RATE))
             edges = np.linspace(start, end, count + 1).round().astype(int)

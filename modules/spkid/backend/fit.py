@@ -20,18 +20,20 @@ from scipy.optimize import minimize_scalar
 from sklearn.covariance import shrunk_covariance
 
 from spkid.backend.scoring import (
+    MOST_PAIRS,
     Backend,
     Calibration,
     Tail,
     log_softmax,
     unit,
 )
+from spkid.errors import UserError
 
-FOLDS = 10
+FOLDS = 10  # of sessions
+SPEAKER_FOLDS = 50
 SHRINKAGE = 0.1
-# The highest shares of scores, whose laws are fitted; pairs are many.
-TAILS = {"stranger": 0.3, "missed": 0.3, "pair": 0.05}
-MOST = 2_000  # utterances that stand in where nothing is held out
+FEWEST = 3  # speakers whom a stranger is compared with
+STAND_INS = 2_000  # utterances, where nothing is held out
 SCALES = (1.0, 200.0)  # of cosines
 
 
@@ -80,11 +82,10 @@ def fit_map(
     # A model that gives one embedding to everybody has no covariance.
     covariance += 1e-9 * np.eye(len(covariance))
     projection = np.linalg.inv(np.linalg.cholesky(covariance)).T
-    means, centre, projection = (
-        array.astype(np.float32) for array in (means, centre, projection)
-    )
-    names = tuple(speakers)
-    return Backend(names, means, counts, means, names, centre, projection)
+    floats = np.float32
+    kept = means.astype(floats)
+    rest = centre.astype(floats), projection.astype(floats)
+    return Backend(tuple(speakers), kept, counts, kept, *rest)
 
 
 class Fitted(NamedTuple):
@@ -97,7 +98,7 @@ class Fitted(NamedTuple):
 def fit_backend(
     embeddings: np.ndarray,
     targets: np.ndarray,
-    sessions: Sequence[str],
+    sessions: Sequence,
     parts: Sequence[str],
     speakers: Sequence[str],
 ) -> Fitted:
@@ -122,6 +123,11 @@ def fit_backend(
     speakers : sequence of str
         Names by class index.
 
+    Raises
+    ------
+    UserError
+        If an embedding isn't finite.
+
     Example
     -------
     >>> rng = np.random.default_rng(0)
@@ -133,51 +139,56 @@ def fit_backend(
     >>> fitted.log_posteriors.shape, fitted.backend.calibration.n
     ((40, 4), 40)
     """
-    embeddings, sessions = np.asarray(embeddings), np.asarray(sessions)
-    held_out, new = np.asarray(parts) != "train", np.asarray(parts) == "new"
+    embeddings, held_out = np.asarray(embeddings), np.asarray(parts) != "train"
+    if not np.isfinite(embeddings).all():
+        raise UserError(
+            "The embeddings aren't finite: the training has diverged; start "
+            "again with a smaller --lr, in another --output_folder."
+        )
     probes = np.flatnonzero(held_out)
     if not len(probes):
-        probes = np.arange(0, len(targets), -(-len(targets) // MOST))
-    owner = targets[probes]
-    measured = new[probes] if new.any() else np.ones(len(probes), bool)
-    groups = np.unique(
-        [f"{s} {t}" for s, t in zip(sessions[probes], owner, strict=True)],
-        return_inverse=True,
-    )[1]
+        probes = np.arange(0, len(targets), -(-len(targets) // STAND_INS))
+    new = np.asarray(parts)[probes] == "new"
+    measured = new if new.any() else np.ones(len(probes), bool)
+    voices, owner = embeddings[probes], targets[probes]
+    groups = [f"{sessions[i]} {targets[i]}" for i in probes.tolist()]
+    session = np.unique(np.array(groups), return_inverse=True)[1]
     cosines = np.zeros((len(probes), len(speakers)), np.float32)
-    scores: dict[str, list[np.ndarray]] = {key: [] for key in TAILS}
-    for fold in range(FOLDS):
-        inside = groups % FOLDS == fold
-        if not inside.any():
+    missed, strangers, pairs, compared = [], [], [], [1]
+    for fold in range(FOLDS):  # without the fold's sessions
+        inside = session % FOLDS == fold
+        if inside.all() or not inside.any():
             continue
-        own, target = embeddings[probes[inside]], owner[inside]
         rest = np.ones(len(targets), bool)
         rest[probes[inside]] = False
         without = fit_map(embeddings[rest], targets[rest], speakers)
-        cosines[inside] = without.cosines(own)
-        inside &= measured
-        own, target = embeddings[probes[inside]], owner[inside]
-        enrolled = without.counts[target] > 0
-        found = without.scores(own)[enrolled, target[enrolled]]
-        scores["missed"].append(-found)
-        strange = ~np.isin(targets, target)
-        if not (strange.any() and len(own)):
+        cosines[inside] = without.cosines(voices[inside])
+        inside &= measured & (without.counts[owner] > 0)
+        scores = without.scores(voices[inside])
+        missed.append(-scores[np.arange(len(scores)), owner[inside]])
+    for fold in range(SPEAKER_FOLDS):  # without the fold's speakers
+        rest = targets % SPEAKER_FOLDS != fold
+        inside = (owner % SPEAKER_FOLDS == fold) & measured
+        names, index = np.unique(targets[rest], return_inverse=True)
+        if len(names) < FEWEST or not inside.any():
             continue
-        names, index = np.unique(targets[strange], return_inverse=True)
-        without = fit_map(embeddings[strange], index, names.astype(str))
-        scores["stranger"].append(without.scores(own).max(1))
-        pairs = without.pair_scores(own, embeddings[probes[measured]])
-        scores["pair"].append(pairs[target[:, None] != owner[measured]])
-    law = {
-        key: Tail.of(np.concatenate([np.zeros(0), *scores[key]]), share)
-        for key, share in TAILS.items()
-    }
+        without = fit_map(embeddings[rest], index, [*map(str, names)])
+        strangers.append(without.scores(voices[inside]).max(1))
+        both = without.pair_scores(voices[inside], voices[measured])
+        pairs.append(both[owner[inside][:, None] != owner[measured]])
+        compared.append(len(names))
     scale = _fit_scale(cosines[measured], owner[measured])
+    calibration = Calibration(
+        scale,
+        round(np.mean(compared[1:] or compared)),
+        Tail.of(np.concatenate([[], *strangers])),
+        Tail.of(np.concatenate([[], *missed])),
+        Tail.of(np.concatenate([[], *pairs]), MOST_PAIRS),
+        int(measured.sum()) if held_out.any() else 0,
+    )
     whole = fit_map(embeddings, targets, speakers)
-    n = int(measured.sum()) if held_out.any() else 0
-    calibration = Calibration(scale, len(speakers), **law, n=n)
-    fitted = replace(whole, calibration=calibration)
-    return Fitted(fitted, log_softmax(scale * cosines)[: held_out.sum()])
+    honest = log_softmax(scale * cosines)[: held_out.sum()]
+    return Fitted(replace(whole, calibration=calibration), honest)
 
 
 def _fit_scale(cosines: np.ndarray, targets: np.ndarray) -> float:

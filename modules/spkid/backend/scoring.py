@@ -15,12 +15,24 @@ from typing import NamedTuple
 import numpy as np
 
 from spkid.errors import UserError, one_line
-from spkid.files import check_stored, open_regular, save_atomically
+from spkid.files import check_stored, read_bounded, save_atomically
 
 NEAREST = 5  # speakers of the background that a score is compared with
 TAILS = ("stranger", "missed", "pair")
+MOST, MOST_PAIRS = 0.3, 0.05  # the tails' shares; pairs are many
 MAX_BYTES = 2**30  # of a file
 AGAIN = "write it again with train.py --test_only, or train again"
+
+
+def checked(rate: float, most: float, key: str) -> None:
+    """Raises UserError unless a rate is above 0 and at most ``most``.
+
+    Example
+    -------
+    >>> checked(0.01, 0.3, "fpir")
+    """
+    if not 0 < rate <= most:
+        raise UserError(f"{key}={rate} must be above 0 and at most {most}.")
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -84,13 +96,13 @@ class Tail(NamedTuple):
     4.6
     """
 
-    start: float = 0.0
+    start: float = 4.0  # beyond any difference of cosines
     excess: float = 0.0
     share: float = 1.0
 
     @classmethod
-    def of(cls, scores: np.ndarray, share: float = 0.3) -> Tail:
-        """Fits scores [n]; none give zeros."""
+    def of(cls, scores: np.ndarray, share: float = MOST) -> Tail:
+        """Fits scores [n]; of none, nothing is reached."""
         if not len(scores):
             return cls()
         start = float(np.quantile(scores, 1 - share))
@@ -99,7 +111,7 @@ class Tail(NamedTuple):
 
     def reached_by(self, rate: float) -> float:
         """The score that this rate of them reaches; at most ``share``."""
-        beyond = np.log(self.share / min(rate, self.share))
+        beyond = np.log(self.share / np.clip(rate, 1e-300, self.share))
         return self.start + self.excess * float(beyond)
 
 
@@ -154,8 +166,9 @@ class Backend:
         Mean of each speaker's enrolled embeddings, each of length 1.
     counts : np.ndarray [speakers]
         How many there are.
-    background, background_speakers : np.ndarray [n, size], tuple of str [n]
-        Means of the speakers of training, and their names.
+    background : np.ndarray [n, size]
+        Means of the speakers of training, without names. It stays when
+        speakers come and go, and with it what scores are worth.
     centre, projection : np.ndarray [size], [size, size]
         The map: (unit(embedding) - centre) @ projection.
     calibration : Calibration
@@ -172,7 +185,6 @@ class Backend:
     means: np.ndarray
     counts: np.ndarray
     background: np.ndarray
-    background_speakers: tuple[str, ...]
     centre: np.ndarray
     projection: np.ndarray
     calibration: Calibration = Calibration()
@@ -185,7 +197,7 @@ class Backend:
         size = means.shape[1]
         names = tuple(speakers)
         return cls(
-            *(names, means, np.ones(len(names), np.int64), means, names),
+            *(names, means, np.ones(len(names), np.int64), means),
             *(np.zeros(size, np.float32), np.eye(size, dtype=np.float32)),
             Calibration(scale, len(names)),
         )
@@ -239,7 +251,13 @@ class Backend:
             False-positive identification rate: the share of strangers who are
             taken for an enrolled speaker. With more enrolled speakers than it
             was measured with, chance has more tries, and the threshold rises.
+
+        Raises
+        ------
+        UserError
+            If the rate isn't above 0 and at most ``MOST``.
         """
+        checked(fpir, MOST, "fpir")
         measured = self.calibration
         share = measured.gallery / max(len(self.speakers), 1)
         rate = -float(np.expm1(np.log1p(-fpir) * share))
@@ -250,7 +268,9 @@ class Backend:
         return -self.calibration.missed.reached_by(miss)
 
     def pair_threshold(self, false_alarm: float) -> float:
-        """Score that pairs of different speakers reach with this rate."""
+        """Score that pairs of different speakers reach with this rate, which
+        is at most ``MOST_PAIRS``."""
+        checked(false_alarm, MOST_PAIRS, "false_alarm")
         return self.calibration.pair.reached_by(false_alarm)
 
     def enroll(self, name: str, embeddings: np.ndarray) -> Backend:
@@ -270,88 +290,85 @@ class Backend:
         return replace(self, speakers=speakers, means=means, counts=counts)
 
     def forget(self, *names: str) -> Backend:
-        """Without these speakers, who leave the background, too."""
-        kept, behind = (
-            [i for i, speaker in enumerate(speakers) if speaker not in names]
-            for speakers in (self.speakers, self.background_speakers)
-        )
+        """Without these speakers; the background stays."""
+        kept = [i for i, s in enumerate(self.speakers) if s not in names]
         return replace(
             self,
             speakers=tuple(self.speakers[i] for i in kept),
             means=self.means[kept],
             counts=self.counts[kept],
-            background_speakers=tuple(
-                self.background_speakers[i] for i in behind
-            ),
-            background=self.background[behind],
         )
 
-    def without_speakers(self) -> Backend:
-        """With nobody enrolled; the background stays."""
-        none = self.means[:0]
-        return replace(self, speakers=(), means=none, counts=self.counts[:0])
-
-    def save(self, path: str | Path) -> None:
-        """Writes a NumPy .npz file, which holds no code."""
+    def to_bytes(self) -> bytes:
+        """The content of a NumPy .npz file, which holds no code."""
         content, arrays = io.BytesIO(), vars(self) | vars(self.calibration)
-        for key in ("speakers", "background_speakers"):
-            arrays[key] = np.asarray(arrays[key], np.str_)  # () has no type
-        np.savez(content, **{key: np.asarray(arrays[key]) for key in SAVED})
-        save_atomically(content.getvalue(), path)
+        found = {key: np.asarray(arrays[key]) for key in SAVED}
+        found["speakers"] = found["speakers"].astype(np.str_)  # () has no type
+        np.savez(content, **found)  # type: ignore[arg-type]
+        return content.getvalue()
 
     @classmethod
-    def load(cls, path: str | Path) -> Backend:
+    def from_bytes(cls, content: bytes) -> Backend:
+        """What :meth:`to_bytes` gave; NumPy has many exceptions for others."""
+        file = io.BytesIO(content)
+        check_stored(file)
+        with np.load(file, allow_pickle=False) as arrays:
+            return cls._of_arrays({key: arrays[key] for key in SAVED})
+
+    def save(self, path: str | Path) -> None:
+        """Writes :meth:`to_bytes` to a file."""
+        save_atomically(self.to_bytes(), path)
+
+    @classmethod
+    def load(cls, path: str | Path, cure: str = AGAIN) -> Backend:
         """Reads what :meth:`save` wrote.
 
         Raises
         ------
         UserError
-            If the file is missing, damaged or of an older version.
+            If the file is missing, damaged or of an older version; ``cure``
+            says what helps.
         """
         try:
-            with open_regular(path) as file:
-                if check_stored(file) > MAX_BYTES:
-                    raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
-                with np.load(file, allow_pickle=False) as arrays:
-                    found = {key: arrays[key] for key in SAVED}
-            return cls._of_arrays(found)
-        except Exception as error:  # NumPy has many for a bad file
+            return cls.from_bytes(read_bounded(path, MAX_BYTES))
+        except Exception as error:
             raise UserError(
-                f"{path}: can't be loaded ({one_line(error)}); {AGAIN}."
+                f"{path}: can't be loaded ({one_line(error)}); {cure}."
             ) from None
 
     @classmethod
     def _of_arrays(cls, found: dict[str, np.ndarray]) -> Backend:
-        """Checks what a file holds: finite numbers, in shapes that fit."""
+        """Checks what a file holds: finite numbers that fit each other."""
         size = len(found["centre"])
-        n, m = len(found["speakers"]), len(found["background_speakers"])
-        shapes = {
-            **{"means": (n, size), "counts": (n,), "background": (m, size)},
+        n, m = len(found["speakers"]), len(found["background"])
+        shapes: dict[str, tuple[int, ...]] = {
+            **{"means": (n, size), "background": (m, size)},
             **{"centre": (size,), "projection": (size, size)},
-            **{"scale": (), "gallery": (), "n": ()},
-            **dict.fromkeys(TAILS, (3,)),
         }
-        for key, shape in shapes.items():
-            if found[key].shape != shape or not np.isfinite(found[key]).all():
+        arrays = {key: found[key].astype(np.float32) for key in shapes}
+        arrays["counts"] = found["counts"].astype(np.int64)
+        shapes["counts"] = (n,)
+        for key, array in arrays.items():
+            if array.shape != shapes[key] or not np.isfinite(array).all():
                 raise ValueError(f"{key} isn't finite, or has another shape")
-        for key in ("speakers", "background_speakers"):
-            if found[key].ndim != 1 or found[key].dtype.kind != "U":
-                raise ValueError(f"{key} isn't a list of names")
-        values = {
-            field.name: found[field.name].tolist()
-            for field in fields(Calibration)
-        }
-        values |= {key: Tail(*values[key]) for key in TAILS}
-        return cls(
-            tuple(found["speakers"].tolist()),
-            found["means"],
-            found["counts"],
-            found["background"],
-            tuple(found["background_speakers"].tolist()),
-            found["centre"],
-            found["projection"],
-            Calibration(**values),
+        if (arrays["counts"] < 0).any():
+            raise ValueError("counts are negative")
+        names = found["speakers"].tolist()
+        if found["speakers"].dtype.kind != "U" or len({*names, ""}) <= n:
+            raise ValueError("speakers isn't a list of different names")
+        scale, gallery, rows = (
+            found[key].item() for key in ("scale", "gallery", "n")
         )
+        tails = {key: Tail(*map(float, found[key])) for key in TAILS}
+        if not (0 < scale <= 1e4 and gallery >= 1 and rows >= 0):
+            raise ValueError("scale, gallery or n is out of range")
+        for key, tail in tails.items():
+            if not (abs(tail.start) < 1e4 and 0 <= tail.excess < 1e4) or not (
+                0 < tail.share <= 1
+            ):
+                raise ValueError(f"{key} is out of range")
+        law = Calibration(scale, gallery, **tails, n=rows)
+        return cls(speakers=tuple(names), **arrays, calibration=law)
 
 
 SAVED = [f.name for f in (*fields(Backend), *fields(Calibration))]

@@ -127,8 +127,8 @@ def hold_out_sessions(
         names = set(test_sessions)
     if not 0 <= share < 1:
         raise UserError(f"test_sessions={share} must lie in [0, 1).")
-    known = {f"{one.speaker}/{one.session}" for one in found}
-    known |= {one.session for one in found}
+    known = {f"{one.speaker}/{one.session}" for one in found if one.speaker}
+    known |= {one.session for one in found if one.speaker}
     if wrong := sorted(names - known):
         raise UserError(
             f"test_sessions: there is no session {wrong[0]!r}; give names as "
@@ -177,7 +177,7 @@ def summary(found: Recordings) -> str:
         lines.append(
             "Note: the first folder is the speaker, the second one the session "
             f"({len(sessions):,} in all), and deeper ones belong to it"
-            + f"; {loose:,} files without one are a session each" * bool(loose)
+            + f"; a file without one is a session ({loose:,})" * bool(loose)
             + "."
         )
     elif used:

@@ -60,6 +60,11 @@ QUIET = 0.01  # peak, -40 dB of full scale; below, there is one
 NARROW = 4500  # Hz; what was recorded at 8 kHz has nothing above 4000
 JOURNAL = "recordings.jsonl"  # what has been read, a line for each file
 VERSION = 1  # of what is measured; after another one, all is read again
+# What is measured of a file; of one that is skipped, only some of it.
+MEASURED = {"seconds": float, "speech_seconds": float, "sample_rate": int}
+MEASURED |= {"channels": int, "reason": str, "feature_path": str}
+MEASURED |= {"mel_len": int}
+FEATURES = re.compile(r"uttr-[0-9a-f]{32}\.pt")
 # Line breaks, NUL and half characters would break the text files of a run.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -87,7 +92,7 @@ def prepare_audio(
     recordings : str or pathlib.Path
         Holds speaker/file or speaker/session/file.
     folder : str or pathlib.Path
-        For the corpus.
+        For the corpus: a new or empty one, or the one of an earlier run.
     silence : str
         "vad": a voice activity detector finds the speech; "hw4": its level
         does, as in the HW4 data.
@@ -137,13 +142,13 @@ def prepare_audio(
         raise UserError(
             f"{folder}: lies in the folder of the recordings; name another."
         )
-    if os.path.lexists(folder / "metadata.json") and not os.path.lexists(
-        folder / JOURNAL
-    ):
-        raise UserError(
-            f"{folder}: has a corpus that wasn't made of recordings; name "
-            "another folder."
-        )
+    with contextlib.suppress(FileNotFoundError):
+        names = [n for n in os.listdir(folder) if n[0] != "." and n != "lock"]
+        if names and JOURNAL not in names:
+            raise UserError(
+                f"{folder}: has files, as {min(names)!r}, but no corpus that "
+                "was made of recordings; name another folder."
+            )
     lock = lock_folder(folder)
     try:
         found = [_look_at(root, path) for path in _walk(root)]
@@ -178,7 +183,7 @@ def _walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
     for entry in found:
         if entry.name.startswith(".") or entry.name == "__MACOSX":
             continue
-        if entry.is_dir():
+        if os.path.isdir(entry.path):  # no error for a circle of links
             yield from _walk(entry.path, (*above, real))
         else:
             yield entry.path
@@ -188,7 +193,7 @@ def _natural(name: str) -> list:
     """Sorts "take 2" before "take 10"."""
     parts: list = re.split("([0-9]+)", name.casefold())
     parts[1::2] = map(int, parts[1::2])
-    return [*parts, name]
+    return [parts, name]
 
 
 def _look_at(root: str, path: str) -> Recording:
@@ -203,9 +208,10 @@ def _look_at(root: str, path: str) -> Recording:
     elif not speaker:
         one.reason = "no speaker: put it into the speaker's folder"
     else:
-        one.speaker, one.session = speaker, (*session, place.stem)[0]
+        escaped = UNPRINTABLE.sub(lambda bad: ascii(bad[0])[1:-1], place.stem)
+        one.speaker, one.session = speaker, (*session, escaped)[0]
         if UNPRINTABLE.search(one.speaker + one.session):
-            one.reason = "control characters in the name: rename it"
+            one.reason = "a folder's name isn't plain text: rename it"
     return one
 
 
@@ -260,10 +266,20 @@ def _read_journal(folder: Path) -> dict[tuple, dict]:
     with contextlib.suppress(FileNotFoundError):
         for line in (folder / JOURNAL).read_bytes().splitlines():
             # A run was killed while it wrote, or it isn't ours.
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
                 stamp, measured = json.loads(line)
-                known[tuple(stamp)] = dict(measured)
+                if _is_ours(measured := dict(measured)):
+                    known[tuple(stamp)] = measured
     return known
+
+
+def _is_ours(measured: dict) -> bool:
+    """Whether a line of the journal is one that _read() may give."""
+    if any(type(measured[key]) is not MEASURED.get(key) for key in measured):
+        return False
+    if name := measured.get("feature_path"):
+        return len(measured) == len(MEASURED) and bool(FEATURES.fullmatch(name))
+    return bool(measured.get("reason"))
 
 
 def _read(root: str, folder: Path, silence: str, path: str) -> dict:
@@ -371,8 +387,8 @@ def main(arguments: list[str]) -> None:
         "--silence",
         choices=SILENCES,
         default="vad",
-        help="how speech is found: by a voice activity detector (default),\n"
-        "or by its level, as in the HW4 data",
+        help="vad (default): a voice activity detector finds the speech;\n"
+        "hw4: its loudness does, as in the HW4 data",
     )
     parser.add_argument(
         "--test_sessions",

@@ -11,7 +11,7 @@ from typing import Any
 from spkid.backend import Backend
 from spkid.cli import opened, parser_of
 from spkid.errors import UserError
-from spkid.inference.opening import GALLERY, changing, folder_of, save_gallery
+from spkid.inference.opening import changing, save_gallery, use_gallery
 from spkid.inference.questions import FPIR, Questions
 
 ABOUT = """# Whose voice is this?
@@ -43,9 +43,7 @@ class Desk:
 
     def speakers(self) -> list[str]:
         """Who is enrolled by now: another process may have changed that."""
-        gallery = folder_of(self.model) / GALLERY
-        if gallery.exists():
-            self.identifier.set_backend(Backend.load(gallery))
+        use_gallery(self.identifier, self.model)
         return sorted(self.identifier.backend.speakers)
 
     def do(self, work, path, voice, name):
@@ -128,7 +126,7 @@ def build(identifier: Questions, model: str | Path) -> Any:
         cure = "The page needs Gradio; run `pip install 'spkid[demo]'`."
         raise UserError(cure) from None
     desk, fixed = Desk(identifier, model), Path(model).is_file()
-    queue = {"concurrency_id": "model", "concurrency_limit": 1}
+    queue: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
     # Recordings that nobody asks about are deleted after ten minutes.
     page = gr.Blocks(delete_cache=(60, 600), analytics_enabled=False)
     page.title = "Whose voice is this?"

@@ -35,10 +35,14 @@ from spkid.trust import (
 )
 
 WEIGHTS = ("embedding_model", "classifier")
-SCORED_BY = (
-    *("max_frames_per_batch", "equal_length_batches", "evaluation"),
-    *("window_frames", "window_hop"),
-)
+# Arguments, and the keys of the YAML file.
+SCORED_BY = {
+    "max_frames": "max_frames_per_batch",
+    "equal_length": "equal_length_batches",
+    "evaluation": "evaluation",
+    "window_frames": "window_frames",
+    "window_hop": "window_hop",
+}
 BACKEND = "backend.npz"
 AGAIN = "write it again with train.py --test_only, or train again"
 MAX_NAMES = 2**26  # bytes of speakers.txt
@@ -68,9 +72,9 @@ class SpeakerIdentifier(nn.Module, Questions):
         that aren't exact under padding.
     evaluation, window_frames, window_hop
         As in :class:`spkid.evaluation.UtteranceEmbedder`.
-    silence : str
+    silence, n_mels : str, int
         How training's features were made, as in
-        :func:`spkid.audio.speech_blocks`.
+        :func:`spkid.audio.speech_blocks` and :class:`spkid.features.LogMel`.
 
     Example
     -------
@@ -98,6 +102,7 @@ class SpeakerIdentifier(nn.Module, Questions):
         window_frames: int = 400,
         window_hop: int = 200,
         silence: str = "hw4",
+        n_mels: int = 40,
     ) -> None:
         super().__init__()
         self.silence = silence
@@ -106,7 +111,7 @@ class SpeakerIdentifier(nn.Module, Questions):
         self.classifier = classifier
         self.speakers = tuple(speakers)
         self.answers: WhitenedCosine | None = None  # of the back-end
-        self.log_mel = LogMel()
+        self.log_mel = LogMel(n_mels=n_mels)
         self.equal_length = equal_length
         self.embedder = UtteranceEmbedder(
             embedding_model,
@@ -127,8 +132,9 @@ class SpeakerIdentifier(nn.Module, Questions):
             modules["embedding_model"],
             modules["classifier"],
             speakers,
-            *(modules[key] for key in SCORED_BY),
-            modules.get("silence", "hw4"),
+            **{key: modules[name] for key, name in SCORED_BY.items()},
+            silence=modules.get("silence", "hw4"),
+            n_mels=modules.get("n_mels", 40),
         )
 
     @classmethod
@@ -165,13 +171,13 @@ class SpeakerIdentifier(nn.Module, Questions):
                     "missing); name the --output_folder of one."
                 )
         settings = Settings.of_run(folder)
-        settings.need((*TRAINED, *SCORED_BY, "n_mels"), OUTDATED)
+        settings.need((*TRAINED, *SCORED_BY.values(), "n_mels"), OUTDATED)
         speakers = _read_speakers(folder / "speakers.txt")
         weights = dict(zip(WEIGHTS, paths, strict=True))
         modules = _build(settings, TRAINED, weights, trust)
         made = cls.from_settings(settings.values | modules, speakers).eval()
         size = made._try(settings)
-        made.to(device)
+        made._move(device)
         path = folder / "model" / BACKEND
         if path.exists():
             backend = Backend.load(path)
@@ -192,7 +198,9 @@ class SpeakerIdentifier(nn.Module, Questions):
         folder = Path(folder)
         settings = Settings.of_run(folder)
         keys = "mean_var_norm", "embedding_model"
-        settings.need((*keys, *SCORED_BY, "n_mels", "silence"), OUTDATED)
+        settings.need(
+            (*keys, *SCORED_BY.values(), "n_mels", "silence"), OUTDATED
+        )
         one_of(
             settings.values["silence"], SILENCES, f"{settings.path}: silence"
         )
@@ -211,15 +219,27 @@ class SpeakerIdentifier(nn.Module, Questions):
         )
         made = cls.from_settings(settings.values | modules, backend.speakers)
         made.eval()._try(settings)
-        made.to(device).set_backend(backend)
+        made._move(device)
+        made.set_backend(backend)
         return made
+
+    def _move(self, device: str) -> None:
+        """To a device, if there is one."""
+        try:
+            if torch.device(device).type == "meta":
+                raise ValueError("it holds no values")
+            self.to(device)
+        except Exception as error:  # each kind of device has its own
+            raise UserError(
+                f"--device={device}: can't be used ({one_line(error)}); give "
+                "another one, as cpu."
+            ) from None
 
     @torch.no_grad()
     def _try(self, settings: Settings) -> int:
         """Checks on silence that the parts fit each other and the names;
         gives the size of an embedding."""
         n_mels = settings.values["n_mels"]
-        Range(1, 10_000).check(n_mels, f"{settings.path}: n_mels")
         large = ValueError("it makes gigabytes of a second of silence")
         try:
             with Bounded(MAX_TRIAL, large):
@@ -432,6 +452,9 @@ def _build(
     trust: bool,
 ) -> dict[str, Any]:
     """Modules of a YAML file's keys, with the weights of files by key."""
+    Range(1, 10_000).check(
+        settings.values["n_mels"], f"{settings.path}: n_mels"
+    )
     weights = {}
     for name, path in paths.items():
         try:

@@ -3,6 +3,7 @@
 onnx and onnxscript are needed here alone; what uses the file needs neither.
 """
 
+import base64
 import json
 import logging
 import tempfile
@@ -23,7 +24,6 @@ from spkid.backend import Backend, unit
 from spkid.errors import UserError
 from spkid.features import LogMel
 from spkid.inference.identifier import SpeakerIdentifier
-from spkid.inference.onnx_identifier import packed
 from spkid.models.masks import relative_lengths
 
 OPSET = 18
@@ -184,7 +184,7 @@ def set_speakers(model: Any, backend: Backend) -> None:
     shape.dim[1].dim_value = len(backend.speakers)
     del model.graph.value_info[:]  # which say the old shapes
     known = {one.key: one.value for one in model.metadata_props}
-    known["backend"] = packed(backend)
+    known["backend"] = base64.b64encode(backend.to_bytes()).decode()
     known["speakers"] = json.dumps(backend.speakers)  # for other programs
     helper.set_model_props(model, known)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,7 +66,9 @@ class OnnxIdentifier(Questions):
             facts = json.loads(held["spkid"])
             self.silence, self.shortest = facts["silence"], facts["shortest"]
             one_of(self.silence, SILENCES, "silence")
-            self.set_backend(unpacked(held["backend"]))
+            self.set_backend(
+                Backend.from_bytes(base64.b64decode(held["backend"]))
+            )
         except Exception as error:  # onnxruntime has many for a bad file
             raise UserError(
                 f"{path}: can't be loaded ({one_line(error)}); write it again "
@@ -93,33 +94,3 @@ class OnnxIdentifier(Questions):
         given = (waveform[None].astype(np.float32), np.array([len(waveform)]))
         feed = dict(zip(self.inputs, given, strict=False))
         return self.session.run(["embeddings"], feed)[0]
-
-
-def packed(backend: Backend) -> str:
-    """A back-end as text.
-
-    Example
-    -------
-    >>> backend = Backend.of_means(np.eye(2), ["ann", "bob"])
-    >>> unpacked(packed(backend)).speakers
-    ('ann', 'bob')
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "backend.npz")
-        backend.save(path)
-        return base64.b64encode(path.read_bytes()).decode()
-
-
-def unpacked(text: str) -> Backend:
-    """The back-end of :func:`packed`.
-
-    Example
-    -------
-    >>> backend = Backend.of_means(np.eye(2), ["ann", "bob"])
-    >>> unpacked(packed(backend)).size
-    2
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "backend.npz")
-        path.write_bytes(base64.b64decode(text))
-        return Backend.load(path)

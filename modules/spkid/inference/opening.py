@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from spkid.backend import Backend
 from spkid.errors import UserError, one_of
@@ -12,6 +15,7 @@ from spkid.files import lock_folder
 from spkid.inference.questions import Questions
 
 RUNTIMES = ("torch", "onnx")
+PATIENCE = 20.0  # seconds, until others have changed the speakers
 GALLERY = "gallery.npz"  # in model/: the back-end after speakers came or went
 
 
@@ -70,10 +74,27 @@ def load(
             f"{path / 'model'}: has no back-end (backend.npz), as it was "
             "trained with an older version; train.py with --test_only fits one."
         )
-    gallery = folder_of(path) / GALLERY
-    if gallery.exists():
-        identifier.set_backend(Backend.load(gallery))
+    use_gallery(identifier, path)
     return identifier
+
+
+def use_gallery(identifier: Questions, model: str | Path) -> None:
+    """Takes over who has come and gone since a run was trained.
+
+    Raises
+    ------
+    UserError
+        If the file is damaged, or of other weights, as before the run was
+        trained further.
+    """
+    path = folder_of(Path(model)) / GALLERY
+    if not os.path.lexists(path):
+        return
+    cure = "enrol again after removing it, which brings back the run's speakers"
+    gallery, trained = Backend.load(path, cure), identifier.backend
+    if not np.array_equal(gallery.projection, trained.projection):
+        raise UserError(f"{path}: is of other weights; {cure}.")
+    identifier.set_backend(gallery)
 
 
 @contextmanager
@@ -98,7 +119,7 @@ def changing(model: str | Path) -> Iterator[None]:
         )
     if not path.exists():
         raise UserError(f"{path}: no such folder; name a run's output folder.")
-    lock = lock_folder(folder_of(path))
+    lock = lock_folder(folder_of(path), patience=PATIENCE)
     try:
         yield
     finally:

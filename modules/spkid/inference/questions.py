@@ -5,6 +5,7 @@ No PyTorch is imported here: an ONNX model answers the same questions.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from spkid.audio import SAMPLE_RATE, speech_blocks, speech_windows
 from spkid.backend import Backend, unit
-from spkid.errors import UserError
+from spkid.errors import AudioError, UserError
 
 FPIR = 0.01  # of strangers, who may be taken for an enrolled speaker
 MISSED = 0.05  # of recordings of enrolled speakers, called unknown
@@ -21,6 +22,7 @@ FALSE_ALARM = 0.01  # of pairs of different speakers, called the same
 PIECE = 40 * SAMPLE_RATE  # a longer recording than two is cut into such
 CANDIDATES = 5  # that an answer lists
 WINDOW = 3.0  # seconds
+LONGEST_NAME = 200
 MIN_WINDOW = SAMPLE_RATE // 4  # samples
 
 
@@ -145,6 +147,11 @@ class Questions:
         found = embeddings[0]
         if len(embeddings) > 1:
             found = unit(np.stack(embeddings)).mean(0)
+        if not np.isfinite(found).all():
+            raise AudioError(
+                f"{path}: the model gives no finite embedding of it; train "
+                "again, with a smaller --lr."
+            )
         return found, samples / SAMPLE_RATE
 
     def embed_files(self, paths: Sequence[str | Path]) -> np.ndarray:
@@ -227,7 +234,10 @@ class Questions:
                 found[-1][3].append(answer.probability)
             else:
                 found.append([start, end, answer.speaker, [answer.probability]])
-        return tuple(Segment(*f[:3], float(np.mean(f[3]))) for f in found)
+        return tuple(
+            Segment(start, end, speaker, float(np.mean(probabilities)))
+            for start, end, speaker, probabilities in found
+        )
 
     def verify(
         self,
@@ -251,12 +261,21 @@ class Questions:
 
     def enroll(self, name: str, paths: Sequence[str | Path]) -> None:
         """Adds a speaker, or more recordings of one, without training."""
-        if not name or "\n" in name:
-            raise UserError("A speaker's name must be one line of text.")
+        name = unicodedata.normalize("NFC", name.strip())
+        if not (name.isprintable() and 0 < len(name) <= LONGEST_NAME):
+            raise UserError(
+                f"{name!a:.60}: a speaker's name must be one line of at most "
+                f"{LONGEST_NAME} letters; give another one."
+            )
         self.set_backend(self.backend.enroll(name, self.embed_files(paths)))
 
     def forget(self, *names: str) -> None:
-        """Removes speakers, who also leave the background."""
+        """Removes speakers.
+
+        The background keeps the mean of a speaker of training, without a name,
+        and so do the network's weights: only training without the speaker
+        removes that.
+        """
         for name in names:
             if name not in self.backend.speakers:
                 raise UserError(

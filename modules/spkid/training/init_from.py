@@ -117,6 +117,11 @@ class TrainedModel:
                     f"{settings.values['n_mels']} mel bands; give another "
                     "--init_from, or the YAML file that it was trained with."
                 )
+            if not theirs[name].isfinite().all():
+                raise UserError(
+                    f"{self.path}: weight '{name}' isn't finite, as after a "
+                    "training that has diverged; give another --init_from."
+                )
         model.load_state_dict(theirs)
 
     @torch.no_grad()
