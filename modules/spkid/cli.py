@@ -51,7 +51,11 @@ def parser_of(name: str, about: str) -> argparse.ArgumentParser:
     """The options that all questions share."""
     parser = argparse.ArgumentParser(prog=f"spkid {name}", description=about)
     parser.add_argument("model", help="a run, an exported folder or .onnx file")
-    parser.add_argument("--runtime", choices=("torch", "onnx"))
+    parser.add_argument(
+        "--runtime",
+        choices=("torch", "onnx"),
+        help="torch, or onnx, which needs no PyTorch",
+    )
     parser.add_argument("--device", default="cpu", help="where PyTorch runs")
     parser.add_argument(
         "--trust",
@@ -162,13 +166,13 @@ def verify(arguments: list[str]) -> int:
 
 def enroll(arguments: list[str]) -> int:
     """Adds a speaker, without training."""
-    parser = parser_of("enroll", "Adds a speaker to a model, or recordings.")
+    parser = parser_of("enroll", "Adds a speaker, or more recordings of one.")
     parser.add_argument("name", help="the speaker's")
     parser.add_argument("files", nargs="+", help="recordings of the speaker")
     parser.add_argument(
         "--alone",
         action="store_true",
-        help="first remove all speakers; they stay as a background",
+        help="first remove everybody else; their voices stay as a background",
     )
     args = parser.parse_args(arguments)
 
@@ -185,7 +189,9 @@ def forget(arguments: list[str]) -> int:
     parser = parser_of("forget", "Removes speakers and their voices.")
     parser.add_argument("names", nargs="+", help="the speakers'")
     args = parser.parse_args(arguments)
-    return changed(args, lambda model: model.forget(*args.names))
+    status = changed(args, lambda model: model.forget(*args.names))
+    print("What was trained, a run's weights and backend.npz, stays as it is.")
+    return status
 
 
 def changed(args: argparse.Namespace, change: Callable) -> int:

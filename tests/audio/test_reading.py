@@ -95,8 +95,10 @@ def test_flac_with_a_wrong_length(tmp_path, claimed):
     assert len(whole(path)[1]) == 32000
 
 
-@pytest.mark.parametrize("claimed", [2**32 - 1, 2**31 - 2])
+@pytest.mark.parametrize("claimed", [2**32 - 1, 2**31 - 2, 0])
 def test_wav_with_a_wrong_length(tmp_path, claimed):
+    if claimed == 0:  # the recorder was killed
+        pytest.importorskip("av")
     path = tmp_path / "tone.wav"
     soundfile.write(path, tones(16000), 16000)
     content = bytearray(path.read_bytes())
@@ -104,6 +106,30 @@ def test_wav_with_a_wrong_length(tmp_path, claimed):
     content[place : place + 4] = claimed.to_bytes(4, "little")
     path.write_bytes(content)
     assert len(whole(path)[1]) == 32000
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tone.raw",
+        pytest.param(
+            os.fsdecode(b"Zo\xeb.wav"),
+            marks=pytest.mark.skipif(
+                sys.platform != "linux", reason="such names can't be there"
+            ),
+        ),
+    ],
+)
+@pytest.mark.parametrize("ending", ["wav", "m4a"])
+def test_files_of_any_name(tmp_path, name, ending):
+    path = tmp_path / f"tone.{ending}"
+    if ending == "wav":
+        soundfile.write(path, tones(44100), 44100)
+    else:
+        write_with_av(path, tones(44100, channels=2), 44100)
+    expected = whole(path)[1]
+    path = path.rename(tmp_path / name)
+    np.testing.assert_array_equal(whole(path)[1], expected)
 
 
 def test_what_is_no_sound(tmp_path):
@@ -158,6 +184,7 @@ def test_resampling_equals_the_formula_in_blocks_of_any_size(rate):
         ([(16000, tones(8000)), (8000, tones(8000))], "changes within"),
         ([(8000, tones(8000, 1, 2)), (8000, tones(8000))], "changes within"),
         ([(8000, np.array([[0], [np.inf]]))], "not finite"),
+        ([(44100, 3e38 * np.sign(tones(44100)))], "far too large"),
     ],
 )
 def test_what_cannot_be_resampled(decoded, message):

@@ -155,6 +155,7 @@ def test_what_cannot_be_used_is_skipped_and_says_why(places):
         fill(root, "a\nb/x.wav")
         os.mkfifo(root / "ann/pipe.wav")
         (root / "ann/gone.wav").symlink_to("nowhere")
+        (root / "ann/loop.wav").symlink_to("loop.wav")
     found = prepare(root, folder)
     reasons = {
         path.partition("/")[2] or path: one.reason.partition(":")[0]
@@ -171,8 +172,9 @@ def test_what_cannot_be_used_is_skipped_and_says_why(places):
         "nan.wav": "unreadable",
     }
     if os.name != "nt":
-        expected["x.wav"] = "control characters in the name"
-        expected |= dict.fromkeys(("pipe.wav", "gone.wav"), "unreadable")
+        expected["x.wav"] = "a folder's name isn't plain text"
+        names = "pipe.wav", "gone.wav", "loop.wav"
+        expected |= dict.fromkeys(names, "unreadable")
     assert reasons == expected
     assert "0.19 s of speech" in found["ann/short.wav"].reason
     assert read(folder, "mapping.json")["speaker2id"] == {"ann": 0}
@@ -209,8 +211,8 @@ def test_what_is_read_with_a_warning(places):
     words = {path[4:]: one.reason for path, one in found.items()}
     assert words["loud.wav"].startswith("clipped: ")
     assert words["quiet.flac"] == "nearly silent: its peak is -46 dB"
-    assert words["phone.wav"].startswith("recorded at 8 kHz: nothing above 4.0")
-    assert words["from_phone.wav"].startswith("recorded at 8 kHz: nothing ")
+    assert words["phone.wav"].startswith("narrow band: nothing above 4.0")
+    assert words["from_phone.wav"].startswith("narrow band: nothing ")
     assert {one.verdict for one in found.values()} == {"warning"}
 
 
@@ -247,7 +249,7 @@ def test_sessions_are_written_only_if_there_are_folders_of_them(places):
     ]
     lines = summary(list(found.values()))
     assert "the second one the session (5 in all), and deeper" in lines
-    assert lines.endswith("; 3 files without one are a session each.")
+    assert lines.endswith("; a file without one is a session (3).")
     names = read(folder, "sessions.json")
     assert names == {
         one.feature_path: f"{one.speaker}/{one.session}"
@@ -258,12 +260,32 @@ def test_sessions_are_written_only_if_there_are_folders_of_them(places):
 def test_natural_order_decides_that_of_speakers_and_recordings(places):
     root, folder = places
     fill(root, "id10/1.wav", "ID9/10.wav", "ID9/9.wav", "id1/x.wav")
+    fill(root, "id/x.wav")  # all of the others' names but the number
     assert list(prepare(root, folder)) == [
-        *("id1/x.wav", "ID9/9.wav", "ID9/10.wav", "id10/1.wav")
+        *("id/x.wav", "id1/x.wav", "ID9/9.wav", "ID9/10.wav", "id10/1.wav")
     ]
     assert list(read(folder, "mapping.json")["speaker2id"]) == [
-        *("id1", "ID9", "id10")
+        *("id", "id1", "ID9", "id10")
     ]
+
+
+@forked
+def test_names_that_are_no_text_are_read_and_listed(places, jobs):
+    root, folder = places
+    zoe = os.fsdecode(b"Zo\xeb")
+    fill(root, "ann/1.wav", "ann/2.wav", "ann/3.wav", "ann/mon/4.wav")
+    (root / "ann/2.wav").rename(root / f"ann/{zoe}.wav")
+    (root / "ann/3.wav").rename(root / "ann/a\nb.wav")
+    (root / "ann/mon/4.wav").rename(root / f"ann/mon/{zoe}.wav")
+    found = prepare(root, folder)
+    assert {one.verdict for one in found.values()} == {"ok"}
+    assert prepare(root, folder) == found and jobs[1] == []
+    table = (folder / "recordings.csv").read_text(encoding="utf-8")
+    assert "ok,ann/Zo\\udceb.wav,ann,Zo\\udceb,train" in table
+    sessions = read(folder, "sessions.json").values()
+    assert set(sessions) == {
+        *("ann/1", "ann/Zo\\udceb", "ann/a\\nb", "ann/mon")
+    }
 
 
 def test_test_sessions_are_whole_and_leave_a_session_to_each(places):
@@ -319,11 +341,13 @@ def test_a_skipped_recording_is_no_session():
     assert [one.part for one in found] == ["", "train", "train"]
 
 
-@pytest.mark.parametrize("choice", [-0.1, 1.0, float("nan"), ["monday"]])
+@pytest.mark.parametrize(
+    "choice", [-0.1, 1.0, float("nan"), ["monday"], [""], ["/"]]
+)
 def test_a_test_that_cannot_be_held_out_is_refused(places, jobs, choice):
     root, folder = places
-    fill(root, "ann/1/a.wav")
-    with pytest.raises(UserError, match=r"^test_sessions.*(lie in|'monday')"):
+    fill(root, "ann/1/a.wav", "lost.wav")  # one has no speaker
+    with pytest.raises(UserError, match=r"^test_sessions.*(lie in|no session)"):
         prepare(root, folder, choice)
     assert jobs == []
 
@@ -351,6 +375,34 @@ def test_a_second_run_reads_what_is_new_or_changed_only(places, jobs):
     (folder / third["ann/2.wav"].feature_path).unlink()
     prepare(root, folder)
     assert jobs[3] == ["ann/2.wav", "ann/bad.wav"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"speaker": "evil"},
+        {"feature_path": 5},
+        {"feature_path": "../data/recordings.csv"},
+        {"speech_seconds": "x"},
+        {"mel_len": "x"},
+        {"mel_len": True},
+        {"reason": None},
+        {"feature_path": ""},  # skipped, and no reason
+        None,
+    ],
+)
+def test_a_damaged_line_of_the_journal_is_ignored(places, jobs, change):
+    root, folder = places
+    fill(root, "ann/1.wav")
+    first = prepare(root, folder)
+    journal = folder / recordings.JOURNAL
+    stamp, measured = json.loads(journal.read_text(encoding="utf-8"))
+    damaged = json.dumps([stamp, {**measured, **(change or {})}])
+    text = damaged if change else "[" * 100_000
+    journal.write_text(text, encoding="utf-8")
+    assert prepare(root, folder) == first
+    assert jobs[1] == ["ann/1.wav"]
+    assert prepare(root, folder) == first and jobs[2] == []
 
 
 def test_another_rule_of_silence_reads_all_again(places, jobs):
@@ -494,11 +546,17 @@ def test_folders_that_are_not_its_own_are_refused(places):
             prepare(root, inside)
     with pytest.raises(UserError, match="no such folder; name a folder with"):
         prepare(root / "nowhere", folder)
+    for name in "metadata.json", "hyperparams.yaml", "thesis.tex":
+        theirs = folder.with_name(name.partition(".")[0])
+        theirs.mkdir()
+        (theirs / name).write_text("theirs")
+        with pytest.raises(UserError, match=f"'{name}', but no corpus that "):
+            prepare(root, theirs)
+        assert os.listdir(theirs) == [name]
     folder.mkdir()
-    (folder / "metadata.json").write_text("theirs")
-    with pytest.raises(UserError, match="wasn't made of recordings; name"):
-        prepare(root, folder)
-    assert (folder / "metadata.json").read_text() == "theirs"
+    for name in "lock", ".DS_Store":  # as empty
+        (folder / name).touch()
+    assert prepare(root, folder)["ann/1.wav"].verdict == "ok"
     lock = lock_folder(folder.with_name("other"))
     with pytest.raises(UserError, match="another process is using it"):
         prepare(root, folder.with_name("other"))
@@ -533,9 +591,12 @@ def test_the_command_prints_what_became_of_them_and_what_is_next(
     root, folder = places
     folder = folder.with_name("my data")
     fill(root, "ann/1.wav", "ann/2.wav", "bob/1.wav")
-    choices = ["--silence=hw4", "--test_sessions=2,x", "--processes=1"]
-    with pytest.raises(UserError, match="there is no session 'x'; give names"):
-        recordings.main([str(root), str(folder), *choices])
+    choices = ["--silence=hw4", "", "--processes=1"]
+    for wrong in "2,x", "", "2,":
+        choices[1] = f"--test_sessions={wrong}"
+        name = wrong[2:]
+        with pytest.raises(UserError, match=f"is no session '{name}'; give"):
+            recordings.main([str(root), str(folder), *choices])
     choices[1] = "--test_sessions=2"  # too large for a share
     recordings.main([str(root), str(folder), *choices])
     printed = capsys.readouterr().out

@@ -310,7 +310,7 @@ def _read(root: str, folder: Path, silence: str, path: str) -> dict:
         warnings.append(f"nearly silent: its peak is {level:.0f} dB")
     if facts.bandwidth < NARROW:
         edge = f"nothing above {facts.bandwidth / 1000:.1f} kHz"
-        warnings.append(f"recorded at 8 kHz: {edge}")
+        warnings.append(f"narrow band: {edge}")
     real = os.path.realpath(file)
     if not real.startswith(os.path.join(root, "")):
         warnings.append("a link leads out of the folder")

@@ -189,7 +189,7 @@ def _hyperparameters(settings: Settings, identifier) -> str:
         silence=identifier.silence,
         n_mels=values["n_mels"],
         scored_by="\n".join(
-            f"{key}: {json.dumps(values[key])}" for key in SCORED_BY
+            f"{key}: {json.dumps(values[key])}" for key in SCORED_BY.values()
         ),
     )
     return resolve_references(own.getvalue() + rest).getvalue()

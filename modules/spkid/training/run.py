@@ -199,7 +199,7 @@ class RunFolder:
             accuracy = both.of_part(name).accuracy(by_speaker=name != "test")
             if accuracy is not None:
                 figures.append(f"{accuracy:.4f} on {part.name}")
-            elif name == "test":
+            elif name == "test" and len(tested):
                 figures.append(f"unknown on {part.name}")
         print(
             f"Accuracy: {', '.join(figures)}\n{expectation_line(expected)}"
