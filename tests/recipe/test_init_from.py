@@ -20,6 +20,8 @@ from harness import (
     weights,
 )
 
+from spkid.hparams import Settings
+
 EPOCH = "--number_of_epochs=1"
 OFTEN = [EPOCH, "--ckpt_interval_minutes=0", "--ckpt_interval_steps=1"]
 
@@ -94,8 +96,8 @@ def test_each_weight_is_where_it_was(data, finished, tmp_path):
     assert done.stdout.count("the classes of 4 of 4 speakers") == 2
     for output in (tmp_path / "out", tmp_path / "out" / "final"):
         assert same(trained(output), trained(finished[0]))
-        text = (output / "hyperparams.yaml").read_text()
-        assert f"init_from: {tmp_path / 'first'}\n" in text
+        source = Settings.of_run(output).values["init_from"]
+        assert source == str(tmp_path / "first")
 
 
 def test_another_model_is_refused_before_the_data(finished, tmp_path):

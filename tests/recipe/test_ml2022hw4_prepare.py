@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import ml2022hw4_prepare
 from ml2022hw4_prepare import prepare, read_corpus
 from predict import write_submission
-from spkid import files
+from spkid import cli, files
 from spkid.data import FeatureFiles, Utterance, build, feature_file
 from spkid.errors import DataError, UserError
 from spkid.sessions import divide, sessions_digest, written_sessions
@@ -119,13 +119,17 @@ def test_recordings_become_data_as_the_readme_says(tmp_path, monkeypatch):
     for name in ("ann/1", "ann/2", "bob/1", "bob/2"):
         path = tmp_path / "recordings" / f"{name}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, generator.normal(0, 0.1, 16000), 16000)
+        soundfile.write(path, generator.normal(0, 0.1, 32000), 16000)
     readme = Path(ml2022hw4_prepare.__file__).with_name("README.md")
+    text = readme.read_text(encoding="utf-8")
+    assert "\npython -m spkid prepare RECORDINGS data/mine\n" in text
     monkeypatch.chdir(tmp_path)
-    exec(readme.read_text().split("```python\n")[1].split("```")[0], {})
+    # The detector hears no speech in noise.
+    cli.main(["prepare", "recordings", "data", "--silence", "hw4"])
     corpus, _ = prepare(tmp_path / "data", pack_folder=tmp_path / "packs")
     assert corpus.speakers == ("ann", "bob")
     assert [u.speaker for u in corpus.labelled] == ["ann"] * 2 + ["bob"] * 2
+    assert corpus.silence == "hw4"
 
 
 # --- mutations: functions of the folder -----------------------------------
