@@ -10,9 +10,10 @@ DATA_FOLDER (which needs testlabels.json); the others are strangers. Measured:
             (detection and identification rate); beside a threshold on the
             plain cosine with the classifier's weights, which is chosen on the
             same held-out utterances, with their own speaker left out
-  enrolment accuracy on the test utterances of 20 strangers who are enrolled
-            from 1, 3 and 5 labelled utterances, beside that of --trained, a
-            run that was trained on them
+  enrolment accuracy on 20 strangers who are enrolled from 1, 3 and 5 labelled
+            utterances, beside all known speakers; the test utterances are
+            asked, or with --trained, a run that was trained on them, all that
+            it hasn't heard, and its accuracy on these stands beside
 The last line is JSON.
 """
 
@@ -55,6 +56,7 @@ class Heard:
         self.embedding = self.identifier.embed_parts(
             features, rows, [0] * len(rows), counts
         ).numpy()
+        self.path = np.array([u.path for u in corpus.utterances])
         self.speaker = np.array([str(u.speaker) for u in corpus.utterances])
         self.is_test = np.arange(len(rows)) >= len(corpus.labelled)
         self.is_known = np.isin(self.speaker, self.identifier.speakers)
@@ -94,35 +96,35 @@ def promise(heard: Heard) -> dict[str, list[float]]:
 
 def enrolment(heard: Heard, trained: Path | None) -> dict[str, float]:
     """Accuracy on strangers who are enrolled beside all known speakers."""
-    backend = heard.identifier.backend
-    labelled = ~heard.is_test & ~heard.is_known
-    tested = heard.is_test & ~heard.is_known
+    backend, asked = heard.identifier.backend, heard.is_test
+    if trained is not None:
+        table = Evaluation.load(trained / "evaluation.npz")
+        asked = np.isin(heard.path, table.id)
+    strange = ~heard.is_known
     names = [
         name
-        for name in sorted(set(heard.speaker[~heard.is_known]))
-        if (heard.speaker[labelled] == name).sum() >= 5
-        and (heard.speaker[tested] == name).any()
+        for name in sorted(set(heard.speaker[strange & asked]))
+        if (heard.speaker[~asked & ~heard.is_test] == name).sum() >= 5
     ][:ENROLLED]
-    probes = np.isin(heard.speaker, names) & heard.is_test
-    found = {"enrolled": float(len(names)), "tested": float(probes.sum())}
+    probes = np.isin(heard.speaker, names) & asked
+    found = {"enrolled": float(len(names)), "asked": float(probes.sum())}
     rng = np.random.default_rng(0)
     for count in (1, 3, 5):
         right = []
         for _ in range(DRAWS):
             gallery = backend
             for name in names:
-                own = np.flatnonzero(labelled & (heard.speaker == name))
-                chosen = rng.choice(own, count, replace=False)
+                own = ~asked & ~heard.is_test & (heard.speaker == name)
+                chosen = rng.choice(np.flatnonzero(own), count, replace=False)
                 gallery = gallery.enroll(name, heard.embedding[chosen])
             guess = gallery.cosines(heard.embedding[probes]).argmax(1)
             said = np.array(gallery.speakers)[guess]
             right.append(float((said == heard.speaker[probes]).mean()))
         found[f"from {count}"] = float(np.mean(right))
     if trained is not None:
-        table = Evaluation.load(trained / "evaluation.npz").of_part("test")
-        said = np.array(table.speakers)[table.target]
-        own = np.isin(said, names) & table.known
-        found["trained"] = float(table.right[own].mean())
+        found["trained"] = float(
+            table.right[np.isin(table.id, heard.path[probes])].mean()
+        )
     return found
 
 
