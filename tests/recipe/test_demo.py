@@ -137,13 +137,19 @@ class Visitor:
     def record(self, seconds):
         self.button("Record").click()
         self.expect(self.page.get_by_text(f"0:0{seconds}")).to_be_visible()
-        self.button("Stop").click()
+        with self.arrival():
+            self.button("Stop").click()
         self.button("Play").wait_for()
 
     def upload(self, path):
         self.button("Upload file").click()
-        self.page.locator("input[type=file]").set_input_files(path)
+        with self.arrival():
+            self.page.locator("input[type=file]").set_input_files(path)
         self.button("Play").wait_for()
+
+    def arrival(self):
+        """Waits until the server has got the recording."""
+        return self.page.expect_response(lambda one: "/upload" in one.url)
 
     def press(self, name, *words):
         """By the keyboard; the answer has these words, and the recording is
