@@ -1,7 +1,9 @@
 """Speed of an exported system in ONNX Runtime and PyTorch, side by side.
 
 From speech at 16 kHz to log-posteriors, with one thread. The systems take
-turns, so that what else the machine does slows all of them.
+turns, so that what else the machine does slows all of them. Of an export with
+--onnx_input features, the answers are compared instead: 1 to 7,193 frames, the
+longest utterance of the HW4 data, in padded batches of 1 to 8.
 
     python benchmarks/inference_onnx.py EXPORT [--repeats 7]
 """
@@ -15,15 +17,42 @@ import numpy as np
 import onnxruntime
 import torch
 
+from spkid.backend import unit
 from spkid.inference import SpeakerIdentifier
+from spkid.models.masks import relative_lengths
 
 BATCHES = {"1 x 5 s": (1, 80000), "8 x 10 s": (8, 160000)}
+FRAMES = [
+    [1],
+    [2],
+    [100],
+    [1000],
+    [7193],
+    [1, 33, 100, 512, 700, 999, 3000, 7193],
+]
 
 
 def session(path):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     return onnxruntime.InferenceSession(path, options)
+
+
+def compare(identifier, one):
+    """Largest differences from PyTorch, over ``FRAMES``."""
+    worst = {"embeddings of length 1": 0.0, "log_posteriors": 0.0}
+    for counts in FRAMES:
+        x = torch.randn(len(counts), max(counts), 40)
+        lengths = torch.tensor(counts)
+        with torch.inference_mode():
+            own = identifier.embed(x, relative_lengths(lengths, max(counts)))
+            told = identifier.posteriors(own.squeeze(1)).numpy()
+        given = {"features": x.numpy(), "frames": lengths.numpy()}
+        found, posteriors = one.run(None, given)
+        pairs = (unit(found), unit(own.squeeze(1).numpy())), (posteriors, told)
+        for name, (a, b) in zip(worst, pairs, strict=True):
+            worst[name] = max(worst[name], float(np.abs(a - b).max()))
+    return worst
 
 
 def main():
@@ -38,6 +67,10 @@ def main():
         for path in sorted(args.folder.glob("*.onnx"))
     }
     sessions = {name: session(args.folder / name) for name in found}
+    inputs = {one.get_inputs()[0].name for one in sessions.values()}
+    if "features" in inputs:
+        print(json.dumps(compare(identifier, sessions["model.onnx"])))
+        return
     found["torch"] = {}
     for words, shape in BATCHES.items():
         waves = np.random.default_rng(0).normal(0, 0.1, shape)

@@ -45,7 +45,7 @@ class Heard:
 
     def __init__(self, run: Path, data: Path, pack_folder: Path | None):
         self.identifier = SpeakerIdentifier.from_run(run)
-        if self.identifier.answers is None:
+        if self.identifier.backend_classifier is None:
             raise UserError(
                 f"{run}: has no back-end; give train.py's "
                 "--test_only, which fits one."

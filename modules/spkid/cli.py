@@ -30,6 +30,10 @@ from importlib import import_module
 from spkid.errors import UserError, one_of, run_command
 
 __all__ = ["main", "run"]
+UNMEASURED = (
+    "training held out too little to know how strangers score, so the --fpir "
+    "isn't promised; give --closed_set if there are no strangers."
+)
 # Commands with a module of their own.
 ELSEWHERE = {
     "prepare": "spkid.data.recordings",
@@ -37,14 +41,6 @@ ELSEWHERE = {
     "report": "spkid.evaluation.report.__main__",
     "demo": "spkid.inference.demo",
 }
-
-
-def rate(text: str) -> float:
-    """A rate above 0."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be between 0 and 1")
-    return value
 
 
 def parser_of(name: str, about: str) -> argparse.ArgumentParser:
@@ -74,6 +70,7 @@ def opened(args: argparse.Namespace):
 
 def identify(arguments: list[str]) -> int:
     """Who speaks in recordings."""
+    from spkid.backend import MOST, check_rate
     from spkid.inference.questions import FPIR
 
     parser = parser_of("identify", "Says who speaks in recordings.")
@@ -81,7 +78,7 @@ def identify(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument(
         "--fpir",
-        type=rate,
+        type=float,
         default=FPIR,
         help="share of strangers who may be taken for somebody (%(default)s)",
     )
@@ -94,7 +91,10 @@ def identify(arguments: list[str]) -> int:
         "--windows", action="store_true", help="say who speaks when, coarsely"
     )
     args = parser.parse_args(arguments)
+    check_rate(args.fpir, MOST, "--fpir")
     model, answers, failed = opened(args), [], False
+    if not (args.closed_set or model.backend.calibration.is_measured):
+        print(f"Warning: {args.model}: {UNMEASURED}", file=sys.stderr)
     for file in args.files:
         try:
             rule = args.fpir, args.closed_set
@@ -138,6 +138,7 @@ def in_words(found) -> str:
 
 def verify(arguments: list[str]) -> int:
     """Whether two recordings are of one speaker."""
+    from spkid.backend import MOST_PAIRS, check_rate
     from spkid.inference.questions import FALSE_ALARM
 
     parser = parser_of(
@@ -148,11 +149,12 @@ def verify(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument(
         "--false_alarm",
-        type=rate,
+        type=float,
         default=FALSE_ALARM,
         help="share of different voices that may pass (%(default)s)",
     )
     args = parser.parse_args(arguments)
+    check_rate(args.false_alarm, MOST_PAIRS, "--false_alarm")
     found = opened(args).verify(args.a, args.b, args.false_alarm)
     if args.json:
         print(json.dumps(asdict(found), allow_nan=False))

@@ -126,7 +126,9 @@ def test_thresholds_follow_from_the_tails(fitted):
     )
     backend = replace(fitted[0], calibration=law)
     assert backend.threshold(0.01) == pytest.approx(0.2 + 0.05 * np.log(30))
-    assert backend.lowest(0.05) == pytest.approx(0.4 - 0.1 * np.log(6))
+    assert backend.rejection_threshold(0.05) == pytest.approx(
+        0.4 - 0.1 * np.log(6)
+    )
     assert backend.pair_threshold(0.01) == pytest.approx(0.02 * np.log(5))
     fewer = backend.forget(*names(30)[:20])
     assert fewer.threshold(0.01) < backend.threshold(0.01)
@@ -320,6 +322,7 @@ def test_what_was_not_measured_lets_no_stranger_pass(n_speakers):
     backend = fit_backend(
         found, targets, sessions, parts, names(n_speakers)
     ).backend
+    assert not backend.calibration.is_measured
     strangers = voices(20, 8, seed=9)[0]
     assert (backend.scores(strangers) < backend.threshold(0.01)).all()
     assert (

@@ -270,6 +270,16 @@ def test_an_embedding_that_is_not_finite_is_never_enrolled(
         assert "no finite embedding" in errors
 
 
+def test_what_was_not_measured_is_said(command, model, tmp_path):
+    path = tone(tmp_path, "b", 600)
+    assert command("identify", path)[2] == ""
+    law = replace(model.backend.calibration, n=0)
+    model.backend = replace(model.backend, calibration=law)
+    status, _, errors = command("identify", path)
+    assert status == 0 and "the --fpir isn't promised" in errors
+    assert command("identify", path, "--closed_set")[2] == ""
+
+
 @pytest.mark.parametrize("name", ["", " ", "a\nb", "a\x1b[31m", "x" * 201])
 def test_names_are_one_line(command, tmp_path, name):
     status, _, errors = command("enroll", name, tone(tmp_path, "a", 500))

@@ -4,6 +4,24 @@ It is fitted by :func:`spkid.backend.fit.fit_backend`, which needs
 scikit-learn.
 """
 
-from spkid.backend.scoring import Backend, Calibration, Tail, log_softmax, unit
+from spkid.backend.scoring import (
+    MOST,
+    MOST_PAIRS,
+    Backend,
+    Calibration,
+    Tail,
+    check_rate,
+    log_softmax,
+    unit,
+)
 
-__all__ = ["Backend", "Calibration", "Tail", "log_softmax", "unit"]
+__all__ = [
+    "Backend",
+    "Calibration",
+    "MOST",
+    "MOST_PAIRS",
+    "Tail",
+    "check_rate",
+    "log_softmax",
+    "unit",
+]

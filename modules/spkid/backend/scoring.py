@@ -1,4 +1,4 @@
-"""From embeddings to speakers: an affine map, cosines, and what they are worth.
+"""From embeddings to speakers: an affine map, cosines, decisions.
 
 All is NumPy, so that a model exported to ONNX needs no PyTorch.
 """
@@ -24,12 +24,12 @@ MAX_BYTES = 2**30  # of a file
 AGAIN = "write it again with train.py --test_only, or train again"
 
 
-def checked(rate: float, most: float, key: str) -> None:
+def check_rate(rate: float, most: float, key: str) -> None:
     """Raises UserError unless a rate is above 0 and at most ``most``.
 
     Example
     -------
-    >>> checked(0.01, 0.3, "fpir")
+    >>> check_rate(0.01, 0.3, "fpir")
     """
     if not 0 < rate <= most:
         raise UserError(f"{key}={rate} must be above 0 and at most {most}.")
@@ -145,6 +145,12 @@ class Calibration:
     pair: Tail = NOTHING
     n: int = 0
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether strangers and enrolled speakers can be told apart at a
+        known rate."""
+        return self.n > 0 and NOTHING not in (self.stranger, self.missed)
+
 
 @dataclass(frozen=True, eq=False)
 class Backend:
@@ -152,7 +158,7 @@ class Backend:
 
     An embedding of length 1 is centred and projected to a space in which the
     recordings of one speaker vary equally in all directions (within-class
-    covariance normalisation, Hatch et al., 2006). A speaker is the mean of his
+    covariance normalisation, Hatch et al., 2006). A speaker is the mean of the
     enrolled embeddings; the cosine with it is the closed-set score. Decisions
     about strangers use the same cosine, less the mean of those with similar
     speakers of the background (after adaptive T-norm, Sturim and Reynolds,
@@ -212,6 +218,11 @@ class Backend:
         """The enrolled speakers [speakers, size], projected, of length 1."""
         return unit((self.means - self.centre) @ self.projection)
 
+    @cached_property
+    def background_prototypes(self) -> np.ndarray:
+        """The background [n, size], projected, of length 1."""
+        return unit((self.background - self.centre) @ self.projection)
+
     def project(self, embeddings: np.ndarray) -> np.ndarray:
         """Maps embeddings [..., size] to vectors of length 1 to compare."""
         return unit((unit(embeddings) - self.centre) @ self.projection)
@@ -226,8 +237,9 @@ class Backend:
 
     def level(self, embeddings: np.ndarray) -> np.ndarray:
         """Background levels [n] of embeddings [n, size]."""
-        behind = unit((self.background - self.centre) @ self.projection)
-        return background_level(self.project(embeddings) @ behind.T)
+        return background_level(
+            self.project(embeddings) @ self.background_prototypes.T
+        )
 
     def scores(self, embeddings: np.ndarray) -> np.ndarray:
         """Normalised scores [n, speakers], which thresholds apply to."""
@@ -257,20 +269,20 @@ class Backend:
         UserError
             If the rate isn't above 0 and at most ``MOST``.
         """
-        checked(fpir, MOST, "fpir")
+        check_rate(fpir, MOST, "fpir")
         measured = self.calibration
         share = measured.gallery / max(len(self.speakers), 1)
         rate = -float(np.expm1(np.log1p(-fpir) * share))
         return measured.stranger.reached_by(rate)
 
-    def lowest(self, miss: float = 0.05) -> float:
+    def rejection_threshold(self, miss: float = 0.05) -> float:
         """Score that all but this share of the enrolled speakers reach."""
         return -self.calibration.missed.reached_by(miss)
 
     def pair_threshold(self, false_alarm: float) -> float:
         """Score that pairs of different speakers reach with this rate, which
         is at most ``MOST_PAIRS``."""
-        checked(false_alarm, MOST_PAIRS, "false_alarm")
+        check_rate(false_alarm, MOST_PAIRS, "false_alarm")
         return self.calibration.pair.reached_by(false_alarm)
 
     def enroll(self, name: str, embeddings: np.ndarray) -> Backend:

@@ -149,7 +149,9 @@ def _write(identifier, settings, run, folder, source, quantized) -> None:
     backend = identifier.backend
     whitened = WhitenedEmbedding(identifier.embedding_model, backend.size)
     for name in ("centre", "projection"):
-        setattr(whitened.backend, name, getattr(identifier.answers, name))
+        setattr(
+            whitened.backend, name, getattr(identifier.backend_classifier, name)
+        )
     save_tensors(whitened, folder / "embedding_model.ckpt")
     text = _hyperparameters(settings, identifier)
     (folder / "hyperparams.yaml").write_text(text, encoding="utf-8")

@@ -110,7 +110,7 @@ class SpeakerIdentifier(nn.Module, Questions):
         self.embedding_model = embedding_model
         self.classifier = classifier
         self.speakers = tuple(speakers)
-        self.answers: WhitenedCosine | None = None  # of the back-end
+        self.backend_classifier: WhitenedCosine | None = None
         self.log_mel = LogMel(n_mels=n_mels)
         self.equal_length = equal_length
         self.embedder = UtteranceEmbedder(
@@ -263,13 +263,13 @@ class SpeakerIdentifier(nn.Module, Questions):
     def set_backend(self, backend: Backend) -> None:
         """From now on classifies by a back-end."""
         self.backend, self.speakers = backend, backend.speakers
-        answers = WhitenedCosine(backend.size, len(backend.speakers))
+        classifier = WhitenedCosine(backend.size, len(backend.speakers))
         for name in ("centre", "projection", "prototypes"):
             value = torch.from_numpy(np.asarray(getattr(backend, name)))
-            setattr(answers, name, value.float())
-        answers.scale.fill_(backend.calibration.scale)
+            setattr(classifier, name, value.float())
+        classifier.scale.fill_(backend.calibration.scale)
         device = next(self.embedding_model.parameters()).device
-        self.answers = answers.to(device)
+        self.backend_classifier = classifier.to(device)
 
     def embed_waveforms(self, waveforms: Sequence[np.ndarray]) -> np.ndarray:
         """Embeddings [n, size] of speech at 16 kHz, each [samples]."""
@@ -283,7 +283,7 @@ class SpeakerIdentifier(nn.Module, Questions):
 
     def save(self, folder: str | Path) -> None:
         """Writes weights, back-end and names into a run's folder."""
-        if self.answers is not None:
+        if self.backend_classifier is not None:
             self.backend.save(Path(folder, "model", BACKEND))
         for name in WEIGHTS:
             weights = io.BytesIO()
@@ -335,8 +335,8 @@ class SpeakerIdentifier(nn.Module, Questions):
     def posteriors(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Log-posteriors [..., speakers] of embeddings [..., size], by the
         back-end if there is one."""
-        answers = self.classifier if self.answers is None else self.answers
-        return answers(embeddings)
+        fitted = self.backend_classifier
+        return (self.classifier if fitted is None else fitted)(embeddings)
 
     forward = classify
 

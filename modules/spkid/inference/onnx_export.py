@@ -42,11 +42,11 @@ class _Network(nn.Module):
 
     def __init__(self, identifier: SpeakerIdentifier) -> None:
         super().__init__()
-        assert identifier.answers is not None
+        assert identifier.backend_classifier is not None
         self.mean_var_norm = identifier.mean_var_norm
         self.embedding_model = identifier.embedding_model
-        self.answers = identifier.answers
-        prototypes = self.answers.prototypes
+        self.classifier = identifier.backend_classifier
+        prototypes = self.classifier.prototypes
         self.register_buffer("speakers", prototypes.T.contiguous())
 
     def forward(self, features, frames=None):
@@ -55,8 +55,8 @@ class _Network(nn.Module):
             relative = relative_lengths(frames, features.shape[1])
         normed = self.mean_var_norm(features, relative, None)
         embeddings = self.embedding_model(normed, relative).squeeze(1)
-        cosines = self.answers.project(embeddings) @ self.speakers
-        scaled = self.answers.scale * cosines
+        cosines = self.classifier.project(embeddings) @ self.speakers
+        scaled = self.classifier.scale * cosines
         return embeddings, F.log_softmax(scaled, dim=-1)
 
 

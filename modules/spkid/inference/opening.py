@@ -69,7 +69,7 @@ def load(
     if (path / "embedding_model.ckpt").exists():
         return SpeakerIdentifier.from_export(path, device, trust)
     identifier = SpeakerIdentifier.from_run(path, device, trust)
-    if identifier.answers is None:
+    if identifier.backend_classifier is None:
         raise UserError(
             f"{path / 'model'}: has no back-end (backend.npz), as it was "
             "trained with an older version; train.py with --test_only fits one."

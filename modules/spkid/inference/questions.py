@@ -193,7 +193,14 @@ class Questions:
         threshold = backend.threshold(fpir)
         if not backend.speakers:
             return Identification(
-                name, "unknown", None, 0.0, 0.0, threshold, (), seconds
+                file=name,
+                answer="unknown",
+                speaker=None,
+                probability=0.0,
+                score=0.0,
+                threshold=threshold,
+                likeliest=(),
+                seconds=seconds,
             )
         posteriors = np.exp(backend.log_posteriors(embedding[None]))[0]
         order = posteriors.argsort(kind="stable")[::-1][:CANDIDATES].tolist()
@@ -203,14 +210,20 @@ class Questions:
         score = float(backend.scores(embedding[None])[0, order[0]])
         if closed_set or score >= threshold:
             answer = "known"
-        elif score >= backend.lowest(MISSED):
+        elif score >= backend.rejection_threshold(MISSED):
             answer = "unsure"
         else:
             answer = "unknown"
-        speaker = likeliest[0][0] if answer == "known" else None
+        nearest, probability = likeliest[0]
         return Identification(
-            *(name, answer, speaker, likeliest[0][1], score, threshold),
-            *(likeliest, seconds),
+            file=name,
+            answer=answer,
+            speaker=nearest if answer == "known" else None,
+            probability=probability,
+            score=score,
+            threshold=threshold,
+            likeliest=likeliest,
+            seconds=seconds,
         )
 
     def who_speaks_when(
@@ -218,8 +231,8 @@ class Questions:
     ) -> tuple[Segment, ...]:
         """Identifies each stretch of at most 3 s of a recording alone.
 
-        It is coarse: a window in which two speak gets one answer, and so short
-        ones are wrong more often than whole recordings. Neighbours with the
+        It is coarse: a window in which two speak gets one answer, and short
+        windows are wrong more often than whole recordings. Neighbours with the
         same answer become one stretch; its probability is their mean. Times
         are the recording's. Arguments are those of :meth:`identify`.
         """
